@@ -1,0 +1,1 @@
+"""qlora-engine: low-bit bases with LoRA factors that correct them."""
