@@ -137,8 +137,8 @@ def make_checkpoint(
 ) -> Callable[..., Path]:
     """``make_checkpoint(name, *, dtype=torch.float16, shard_size="5GB", **config)``: a saved one.
 
-    The folder holds the model and a tokenizer and is shared by all tests of the session: read it, copy it before
-    changing it. A small ``shard_size`` such as "60KB" gives several shards and an index.
+    The folder holds the model and a tokenizer and is shared by all tests of the session: read it, copy it
+    before changing it. A small ``shard_size`` such as "60KB" gives several shards and an index.
     """
     saved: dict[str, Path] = {}
 

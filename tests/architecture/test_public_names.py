@@ -1,0 +1,35 @@
+"""`__all__` tells the truth, and every module says what it is for."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+
+import pytest
+
+from tests.architecture.source_tree import modules
+
+NEEDS_EXTRA = ("quant.backends.triton", "quant.backends.bnb")
+
+
+@pytest.mark.parametrize("name", list(modules()))
+def test_module_has_docstring(name: str) -> None:
+    assert ast.get_docstring(ast.parse(modules()[name].path.read_text())), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("name", [n for n in modules() if not n.startswith(NEEDS_EXTRA)])
+def test_all_is_true(name: str) -> None:
+    module = importlib.import_module(name)
+    public = getattr(module, "__all__", [])
+    assert len(set(public)) == len(public)
+    missing = [entry for entry in public if not hasattr(module, entry)]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", ["quant", "qlora_engine"])
+def test_package_declares_its_surface(name: str) -> None:
+    package = importlib.import_module(name)
+    assert package.__all__
+    assert set(package.__all__) <= set(dir(package))
+    undocumented = [entry for entry in package.__all__ if not getattr(package, entry).__doc__]
+    assert not undocumented
