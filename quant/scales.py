@@ -25,7 +25,7 @@ _CELLS = 4096  # resolution of the approximate codebook that ranks the grid
 
 
 def absmax_scales(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """The absmax rule (affine: the block's range): float32 (n_blocks,) and zeros uint8 (n_blocks,) or None."""
+    """The absmax rule (affine: the range): float32 (n_blocks,) and zeros uint8 (n_blocks,) or None."""
     return reference.absmax_scales(weight.reshape(-1), spec.fmt, spec.block_size)
 
 
