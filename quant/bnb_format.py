@@ -1,8 +1,8 @@
 """bitsandbytes' layouts, on disk and in memory, read and written without importing bitsandbytes.
 
 A 4-bit weight NAME is stored as NAME (packed codes), NAME.absmax, NAME.quant_map, with nested scales also
-NAME.nested_absmax and NAME.nested_quant_map, and NAME.quant_state.bitsandbytes__nf4 (or __fp4): a JSON text as
-uint8. An LLM.int8 weight is NAME (int8) with SCB (float32, one a row) beside it; it is read, never written.
+NAME.nested_absmax and NAME.nested_quant_map, and NAME.quant_state.bitsandbytes__nf4 (or __fp4): a JSON text
+as uint8. An LLM.int8 weight is NAME (int8) with SCB (float32, one a row) beside it; it is read, never written.
 
 Source: bitsandbytes 0.50.2, ``functional.QuantState.as_dict`` and ``nn.modules``.
 """
@@ -87,7 +87,7 @@ def from_bnb(
 
     Args:
         name: Full name of the weight.
-        tensors: At least the weight and what belongs to it; others are ignored. Storage is shared where possible.
+        tensors: At least the weight and what belongs to it; others are ignored. Storage is shared if possible.
         dtype: Of the original weight, for LLM.int8, which doesn't store it.
 
     Raises:
@@ -138,7 +138,7 @@ def from_int8(weight: Tensor, scb: Tensor, dtype: torch.dtype) -> QuantizedTenso
         ValueError: columns not a multiple of 16 (use ``dequantize_int8``), or sizes that don't fit.
     """
     _check_int8(weight, scb)
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     block_size = min(columns & -columns, 4096)  # the largest power of two that divides a row
     if block_size < 16:
         raise ValueError(f"LLM.int8 weight {tuple(weight.shape)}: a row is no multiple of 16 elements")
@@ -163,8 +163,8 @@ def from_quant_state(weight: Tensor, state: Any, *, name: str = "weight") -> Qua
         name: For errors.
 
     Returns:
-        The weight. After a CPU forward on AVX512-BF16 machines bitsandbytes has shuffled the codes and rounded the
-        scales to bfloat16; then the codes are put back in order (a copy) and the rounded scales are taken.
+        The weight. After a CPU forward on AVX512-BF16 machines bitsandbytes has shuffled the codes and rounded
+        the scales to bfloat16; then the codes are put back in order (a copy) and the rounded scales are taken.
 
     Raises:
         ValueError: not quantised yet, unknown type, sizes that don't fit.
@@ -206,7 +206,7 @@ def from_linear4bit(module: torch.nn.Module, *, name: str = "weight") -> Quantiz
 
 
 def from_linear8bit(module: torch.nn.Module, dtype: torch.dtype = torch.float16) -> QuantizedTensor:
-    """The weight of a loaded ``bitsandbytes.nn.Linear8bitLt``; statistics are where the last forward left them.
+    """The weight of a loaded ``bitsandbytes.nn.Linear8bitLt``; in blocks along its rows.
 
     Raises:
         ValueError: not quantised yet, or as ``from_int8``.
