@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quant import backends
 from quant.backends import reference
 from quant.formats import Format
 from quant.nested import double_dequantize, double_quantize, dynamic_map
@@ -51,6 +52,10 @@ def search_scales(
     fmt, block_size = spec.fmt, spec.block_size
     flat = weight.reshape(-1)
     pick = _importance_of(weight, importance)
+    one_launch = None if fmt.affine else backends.extra(flat.device, spec.format, block_size, "search_scales")
+    if one_launch is not None and flat.numel():
+        base, _ = reference.absmax_scales(flat, fmt, block_size)
+        return one_launch(flat, fmt, block_size, base, _multipliers(fmt, signed), importance), None
     step = _CHUNK.get(flat.device.type, _CHUNK_ELSEWHERE)
     scales, zeros = [], []
     for start in range(0, flat.numel(), step):
@@ -97,6 +102,12 @@ def _grid(fmt: Format) -> list[float]:
     return [lowest + (highest - lowest) * i / (steps - 1) for i in range(steps)]
 
 
+def _multipliers(fmt: Format, signed: bool) -> list[float]:
+    """What the search tries as multiples of the absmax rule's scale."""
+    grid = _grid(fmt)
+    return grid + [-m for m in grid] * signed
+
+
 def _nearest(x: Tensor, fmt: Format) -> Tensor:
     """The exact nearest levels, float32, of ``x`` in units of the levels."""
     t = tables(fmt, x.device)
@@ -110,8 +121,7 @@ def _sum(h: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 def _search_symmetric(w: Tensor, h: Tensor | None, base: Tensor, fmt: Format, signed: bool) -> Tensor:
     best, best_gain = base, torch.zeros_like(base)
-    multipliers = _grid(fmt)
-    for m in multipliers + [-m for m in multipliers] * signed:
+    for m in _multipliers(fmt, signed):
         c = _nearest(w * reference.away_from_zero(base * m).reciprocal()[:, None], fmt)
         num, den = _sum(h, w, c), _sum(h, c, c)
         gain = num * num / den.clamp(min=reference.TINY)

@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,11 @@ def select(device: torch.device | str, fmt: str, block_size: int = 64, backend: 
         ValueError: unknown backend or format.
     """
     return _select(torch.device(device).type, fmt, block_size, backend)
+
+
+def extra(device: torch.device, fmt: str, block_size: int, function: str) -> Any:
+    """``function`` of the backend that `auto` takes, or None where that backend has no such function."""
+    return getattr(get(select(device, fmt, block_size)), function, None)
 
 
 @torch.library.custom_op("quant::quantize", mutates_args=())
@@ -191,4 +197,4 @@ def _(
     return codes.new_empty(shape, dtype=dtype)
 
 
-__all__ = ["AUTO", "dequantize", "dequantize_into", "get", "names", "quantize", "select"]
+__all__ = ["AUTO", "dequantize", "dequantize_into", "extra", "get", "names", "quantize", "select"]
