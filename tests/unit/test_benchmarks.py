@@ -1,0 +1,99 @@
+"""The benchmarks' own parts: a wrong harness would make every number wrong."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import activations, common, real_models
+from qlora_engine import inits
+from quant import QuantSpec
+
+
+def test_time_each_interleaves_and_orders_percentiles() -> None:
+    order: list[str] = []
+    calls = {
+        "short": lambda: order.append("short"),
+        "long": lambda: (order.append("long"), time.sleep(0.004)),
+    }
+    timings = common.time_each(calls, warmup=1, repeats=4)
+    assert order == ["short", "long"] * 5
+    assert timings["long"].runs == 4
+    assert timings["long"].p80 >= timings["long"].median >= timings["long"].p20 >= 0.004
+    assert timings["short"].median < timings["long"].median
+
+
+def test_table_leaves_missing_cells_empty() -> None:
+    rows = [{"name": "a", "error": 0.123456}, {"name": "bcd", "seconds": 2}]
+    assert common.table(rows).splitlines() == [
+        "| name | error  | seconds |",
+        "| ---- | ------ | ------- |",
+        "| a    | 0.1235 |         |",
+        "| bcd  |        | 2       |",
+    ]
+
+
+def test_save_records_what_it_ran_on(tmp_path: Path) -> None:
+    common.save(tmp_path / "deep" / "rows.json", command=["x", "--y"], rows=[{"a": 1}])
+    saved = json.loads((tmp_path / "deep" / "rows.json").read_text())
+    assert saved["rows"] == [{"a": 1}]
+    assert saved["command"] == ["x", "--y"]
+    assert saved["environment"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["rows.json"]
+
+
+def test_windows_splits_do_not_overlap(make_tokenizer: Callable[[], Any]) -> None:
+    tokenizer = make_tokenizer()
+    text = "".join(chr(97 + i % 26) for i in range(4000)) + "!" * 4000
+    seen = real_models.windows(text, tokenizer, count=3, length=16, part=0, parts=2)
+    unseen = real_models.windows(text, tokenizer, count=3, length=16, part=1, parts=2)
+    assert seen.shape == unseen.shape == (3, 16)
+    assert "!" not in tokenizer.decode(seen.flatten())
+    assert set(tokenizer.decode(unseen.flatten())) == {"!"}
+    with pytest.raises(ValueError, match="fewer than one window of 64"):
+        real_models.windows("short", tokenizer, count=1, length=64)
+
+
+def test_perplexity_is_the_models_own_loss(make_model: Callable[..., Any]) -> None:
+    model = make_model("llama")
+    tokens = torch.randint(3, 384, (3, 700))  # two windows a batch, then one
+    with torch.no_grad():
+        expected = model(input_ids=tokens, labels=tokens).loss.exp().item()
+    assert activations.perplexity(model, tokens) == pytest.approx(expected, rel=1e-5)
+
+
+def test_input_moments_match_a_direct_computation(make_model: Callable[..., Any]) -> None:
+    model = make_model("llama")
+    tokens = torch.randint(3, 384, (40, 60))
+    names = list(activations.linears(model))
+    assert "lm_head" not in names
+    assert len(names) == 14
+    moments = activations.input_moments(model, tokens, names)
+    with torch.no_grad():
+        x = model.model.layers[0].input_layernorm(model.model.embed_tokens(tokens)).reshape(-1, 64)
+    for projection in ("q_proj", "k_proj", "v_proj"):
+        H = moments[f"model.layers.0.self_attn.{projection}"]
+        torch.testing.assert_close(H, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    assert moments["model.layers.1.mlp.down_proj"].shape == (96, 96)
+
+
+@pytest.mark.parametrize("iters", [1, 3])
+def test_peft_peer_finds_what_ours_finds(iters: int) -> None:
+    """At scaling 1 the two algorithms are one: PEFT's exact SVD, ours within its contract of 1.001."""
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    from benchmarks.peers import peft_loftq
+
+    weight = torch.randn(96, 128)
+    base, A, B = peft_loftq(weight, 8, iters)
+    theirs = float((weight - base - B @ A).norm() / weight.norm())
+    ours = inits.initialise(weight, method="loftq", spec=QuantSpec("nf4"), rank=8, iters=iters)
+    assert ours.error <= 1.001 * theirs
+    if iters == 1:
+        assert ours.error == pytest.approx(theirs, rel=1e-3)
