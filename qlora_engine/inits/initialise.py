@@ -1,0 +1,249 @@
+"""The one place where a method's solution becomes what is stored: scaled, rounded and measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_engine.errors import InputError
+from qlora_engine.inits.method import InitRequest, Method, Solution, frobenius, relative
+from qlora_engine.lowrank import LowRankFactors, check_rank
+from quant import QuantizedTensor, QuantSpec, quantize
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ROWS = 1024  # of the error multiplied by the second moment at once
+
+
+@dataclass(frozen=True, eq=False)
+class Initialised:
+    """A base and an adapter as they are stored, and how far they are from the weight.
+
+    Attributes:
+        base: Quantised; or the dense residual in the weight's dtype; or None: the base keeps the weight.
+        A: (r, in_features) in ``factor_dtype``.
+        B: (out_features, r) in ``factor_dtype``: weight ~= base + scaling * B @ A.
+        method, rank, scaling: As asked for.
+        error_plain: ||W - Q||_F / ||W||_F of plain absmax quantisation; None without a spec.
+        error: The same of the stored base + scaling * B @ A.
+        output_error_plain, output_error: sqrt(tr(E H E^T) / tr(W H W^T)), the relative error of the layer's
+            output; None without a second moment H.
+        trace: The method's objective by iteration, entry 0 for the plain base; before rounding the factors.
+        best: Index into ``trace`` of what was kept; 0: plain quantisation with B = 0.
+        seconds: Wall time of everything, measuring included.
+    """
+
+    base: QuantizedTensor | Tensor | None
+    A: Tensor
+    B: Tensor
+    method: str
+    rank: int
+    scaling: float
+    error_plain: float | None
+    error: float
+    output_error_plain: float | None
+    output_error: float | None
+    trace: tuple[float, ...]
+    best: int
+    seconds: float
+
+    @property
+    def iterations(self) -> int:
+        """Alternations that were run, an early stop counted."""
+        return max(len(self.trace) - 1, 0)
+
+
+@torch.no_grad()
+def initialise(
+    weight: Tensor,
+    *,
+    method: str | Method,
+    rank: int,
+    spec: QuantSpec | None = None,
+    scaling: float = 1.0,
+    factor_dtype: torch.dtype = torch.float32,
+    hessian: Tensor | None = None,
+    **options: Any,
+) -> Initialised:
+    """Quantise (with a spec) and initialise one adapter, so that weight ~= base + scaling * B @ A.
+
+    Args:
+        weight: Dense (out_features, in_features), finite, float16, bfloat16, float32 or float64; computed in
+            float32. The transpose of GPT-2's Conv1D weight; an embedding as it is, (num_embeddings, dim), see
+            ``embedding_factors``; a convolution flattened to two dimensions.
+        method: A name that ``inits.get`` understands, or a Method.
+        rank: In [1, min(weight.shape)].
+        spec: Format of the base. None: dense, which the quantising methods refuse.
+        scaling: The layer's LoRA scaling, positive, however it came about: lora_alpha / r, or / sqrt(r) with
+            rsLoRA, rank_pattern, alpha_pattern. A correction is divided by it, evenly in A and B; a start for
+            training (default, gaussian, eva, ...) is not.
+        factor_dtype: Of A and B as stored; the errors are those of the rounded factors.
+        hessian: Second moment E[x x^T] of the layer's inputs, (in, in). With it the output errors are
+            reported, and the calibrated methods can run.
+        **options: The other fields of InitRequest: iters, scales, svd, start, seed, damping, mean, tokens,
+            whiten, kind, name.
+
+    Raises:
+        InputError: rank out of range, scaling not positive, NaN or inf in the weight, a missing spec or
+            second moment, one of the wrong shape, an unknown method, or what InitRequest refuses.
+        TypeError: the weight is not floating point, or an unknown option.
+    """
+    began = time.perf_counter()
+    chosen = _method(method)
+    request = InitRequest(rank, spec, hessian=hessian, **options)
+    W, norm = _checked(weight, chosen, request, scaling, factor_dtype)
+    solution = chosen.solve(W, request)
+    base, factors = _stored(W, weight.dtype, chosen, solution, request, scaling, factor_dtype)
+    best, error = solution.best, _measure(_left(W, base, factors, scaling), W, norm, hessian)
+    plain = None
+    if spec is not None:
+        if solution.error_plain is not None and hessian is None:
+            plain = _Error(solution.error_plain, None)
+        else:
+            plain = _measure(_left(W, quantize(W, spec), None, scaling), W, norm, hessian)
+        if chosen.corrects and chosen.quantizes and error.in_terms_of(chosen) > plain.in_terms_of(chosen):
+            # Rounding the factors has cost more than they gain: keep nothing but A, to train.
+            base = _as_dtype(quantize(W, spec), weight.dtype)
+            factors = dataclasses.replace(factors, B=torch.zeros_like(factors.B))
+            best, error = 0, plain
+    return Initialised(
+        base=base,
+        A=factors.A,
+        B=factors.B,
+        method=chosen.name,
+        rank=rank,
+        scaling=scaling,
+        error_plain=None if plain is None else plain.weight,
+        error=error.weight,
+        output_error_plain=None if plain is None else plain.output,
+        output_error=error.output,
+        trace=solution.trace,
+        best=best,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def embedding_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """PEFT's ``lora_embedding_A`` (r, num_embeddings) and ``lora_embedding_B`` (dim, r).
+
+    An embedding weight (num_embeddings, dim) is solved as it lies, because its rows are what is quantised in
+    blocks: B is (num_embeddings, r) and A (r, dim). PEFT adds the transpose of lora_B @ lora_A.
+    """
+    return B.T.contiguous(), A.T.contiguous()
+
+
+def moments(inputs: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Second moment E[x x^T] (in, in), mean (in,) and count of inputs (..., in), the first two in float32."""
+    X = inputs.reshape(-1, inputs.shape[-1]).float()
+    return X.T @ X / X.shape[0], X.mean(dim=0), X.shape[0]
+
+
+def _method(method: str | Method) -> Method:
+    if isinstance(method, Method):
+        return method
+    from qlora_engine.inits import get  # the registry imports this file
+
+    return get(method)
+
+
+def _checked(
+    weight: Tensor, method: Method, request: InitRequest, scaling: float, factor_dtype: torch.dtype
+) -> tuple[Tensor, float]:
+    """The weight in float32 and its norm, once everything that is given has been found usable."""
+    title = "weight" if request.name is None else f"weight {request.name!r}"
+    if weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{title} is {weight.dtype}; allowed: {', '.join(map(str, FLOAT_DTYPES))}")
+    if not factor_dtype.is_floating_point:
+        raise TypeError(f"factor_dtype is {factor_dtype}; it must be a floating-point type")
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise InputError(f"{title} has shape {tuple(weight.shape)}; expected (out_features, in_features)")
+    check_rank(request.rank, weight.shape, request.name)
+    if not (scaling > 0 and math.isfinite(scaling)):
+        raise InputError(f"{title}: scaling {scaling!r} must be positive and finite")
+    if method.quantizes and request.spec is None:
+        raise InputError(f"{method.name} quantises the base: it needs a spec")
+    if method.needs_hessian and request.hessian is None:
+        raise InputError(f"{method.name} needs the second moment of the layer's inputs")
+    in_features = weight.shape[1]
+    for field, shape in (("hessian", (in_features, in_features)), ("mean", (in_features,))):
+        given = getattr(request, field)
+        if given is not None and given.shape != shape:
+            raise InputError(f"{title}: {field} has shape {tuple(given.shape)}, expected {shape}")
+    W = weight.detach().float().contiguous()
+    norm = float(frobenius(W))
+    if not math.isfinite(norm):
+        bad = int((~torch.isfinite(W)).sum())
+        raise InputError(f"{title} {tuple(W.shape)} has {bad} elements that are NaN or inf")
+    return W, norm
+
+
+def _stored(
+    W: Tensor,
+    dtype: torch.dtype,
+    method: Method,
+    solution: Solution,
+    request: InitRequest,
+    scaling: float,
+    factor_dtype: torch.dtype,
+) -> tuple[QuantizedTensor | Tensor | None, LowRankFactors]:
+    factors = solution.factors.divided(scaling) if method.corrects else solution.factors
+    factors = LowRankFactors(factors.A.to(factor_dtype).contiguous(), factors.B.to(factor_dtype).contiguous())
+    if solution.base is not None:
+        return _as_dtype(solution.base, dtype), factors
+    # Against the factors as rounded: what rounding took from them, the base still has.
+    base = _left(W, None, factors, scaling) if method.corrects else W
+    if request.spec is not None:
+        quantised = quantize(base, request.spec, scales=request.scales, name=request.name)
+        return _as_dtype(quantised, dtype), factors
+    return (base.to(dtype) if method.corrects else None), factors
+
+
+def _as_dtype(base: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
+    """The same codes, to be dequantised to the original's dtype (float64 has no kernels: float32)."""
+    return dataclasses.replace(base, dtype=torch.float32 if dtype == torch.float64 else dtype)
+
+
+def _left(
+    W: Tensor, base: QuantizedTensor | Tensor | None, factors: LowRankFactors | None, scaling: float
+) -> Tensor:
+    """W - base - scaling * B @ A in float32, from what is stored; a base of None is left out."""
+    if isinstance(base, QuantizedTensor):
+        left = base.dequantize(torch.float32)
+        torch.sub(W, left, out=left)
+    else:
+        left = W.clone() if base is None else W - base.float()
+    if factors is not None:
+        left.addmm_(factors.B.float(), factors.A.float(), alpha=-scaling)
+    return left
+
+
+class _Error(NamedTuple):
+    """Relative errors: the weight's, in Frobenius norm, and its output's, if its inputs are known."""
+
+    weight: float
+    output: float | None
+
+    def in_terms_of(self, method: Method) -> float:
+        """What the method minimises."""
+        return self.output if method.needs_hessian and self.output is not None else self.weight
+
+
+def _measure(E: Tensor, W: Tensor, norm: float, hessian: Tensor | None) -> _Error:
+    error = relative(float(frobenius(E)), norm)
+    if hessian is None:
+        return _Error(error, None)
+    H = hessian.to(device=W.device, dtype=torch.float32)
+    return _Error(error, relative(math.sqrt(_squared(E, H)), math.sqrt(_squared(W, H))))
+
+
+def _squared(X: Tensor, H: Tensor) -> float:
+    """tr(X H X^T), in blocks of rows."""
+    total = X.new_zeros((), dtype=torch.float64)
+    for rows in X.split(_ROWS):
+        total += (rows @ H).mul_(rows).sum(dim=1).double().sum()
+    return max(float(total), 0.0)
