@@ -19,6 +19,25 @@ from transformers.utils import PushToHubMixin, http_user_agent
 
 from .init_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig, as_subconfig
 
+__all__ = [
+    "CONFIG_NAME",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "UNSUPPORTED_FIELDS",
+    "CordaConfig",
+    "EvaConfig",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraGAConfig",
+    "LoraRuntimeConfig",
+    "PeftConfig",
+    "PeftConfigMixin",
+    "PeftType",
+    "PeftWarning",
+    "TaskType",
+    "get_peft_config",
+]
+
 # The PEFT release whose file format we write; it goes into `peft_version`.
 __version__ = "0.21.2"
 CONFIG_NAME = "adapter_config.json"
