@@ -123,8 +123,8 @@ class CrossMoment:
         self.tokens = 0
         self.sum = torch.zeros(width, width, device=device)
 
-    def add(self, y: Tensor, x: Tensor) -> None:
-        """Count tokens of ``y`` and ``x``, both (..., width), row by row the same tokens.
+    def add(self, y: Tensor, x: Tensor, *, sign: int = 1) -> None:
+        """Count tokens of ``y`` and ``x``, both (..., width), row by row the same; ``sign`` -1 takes away.
 
         Raises:
             ValueError: shapes that differ, or another width.
@@ -135,9 +135,16 @@ class CrossMoment:
             )
         drifted = y.detach().reshape(-1, self.width).to(self.sum.device, torch.float32)
         original = x.detach().reshape(-1, self.width).to(self.sum.device, torch.float32)
-        self.tokens += original.shape[0]
+        self.tokens += sign * original.shape[0]
         with ieee_float32():
-            self.sum.addmm_(drifted.T, original)
+            self.sum.addmm_(drifted.T, original, alpha=sign)
+
+    def copy(self) -> CrossMoment:
+        """An independent one with the same tokens."""
+        other = CrossMoment(self.width, device=self.sum.device)
+        other.sum.copy_(self.sum)
+        other.tokens = self.tokens
+        return other
 
     def mean(self) -> Tensor:
         """float32 (width, width), not symmetric; rows belong to the drifted view."""

@@ -102,6 +102,12 @@ def test_cross_moment() -> None:
     torch.testing.assert_close(moment.mean().double(), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="twice"):
         moment.add(y[0], x[0][:5])
+    other = moment.copy()
+    other.add(y[1], x[1], sign=-1)
+    assert (moment.tokens, other.tokens) == (60, 30)
+    torch.testing.assert_close(
+        other.mean().double(), y[0].double().T @ x[0].double() / 30, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 1030, 2050])
