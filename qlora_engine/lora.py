@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quant.linear import QuantEmbedding, QuantLinear
 
+from . import fused
 from .base_weight import adopt, is_bnb_linear, is_conv1d
 from .config import LoraConfig
 from .dora import DoraEmbeddingLayer
@@ -71,6 +72,15 @@ class Linear(LoraLayer, nn.Module):
         A, B = self.lora_A[adapter], self.lora_B[adapter]
         x = self._cast_input_dtype(x, A.weight.dtype)
         return B(A(self.lora_dropout[adapter](x))) * self.scaling[adapter]
+
+    def _fused_forward(self, x: Tensor) -> Tensor | None:
+        adapters = [name for name in self.active_adapters if self.has_adapter(name)]
+        if not fused.applies(self, adapters, x):
+            return None
+        name, dropout = adapters[0], self.lora_dropout[adapters[0]]
+        rate = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        return fused.lora_linear(x, cast(QuantLinear, self.base_layer), A, B, self.scaling[name], rate)
 
     def _dora_forward(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         A, B = self.lora_A[adapter], self.lora_B[adapter]

@@ -299,6 +299,8 @@ class LoraLayer(BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if not (args or kwargs or self.merged) and (fused := self._fused_forward(x)) is not None:
+            return fused
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return result
@@ -307,6 +309,10 @@ class LoraLayer(BaseTunerLayer):
             if self.has_adapter(adapter):
                 result = self._add_adapter_output(result, x, adapter)
         return result.to(dtype)
+
+    def _fused_forward(self, x: Tensor) -> Tensor | None:
+        """The whole forward in one function, or None where there is none that fits."""
+        return None
 
     def _add_adapter_output(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         if self.use_dora.get(adapter, False):

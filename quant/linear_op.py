@@ -12,11 +12,12 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from quant import backends
 from quant.spec import QuantSpec
 from quant.tensor import QuantizedTensor
 
@@ -25,6 +26,7 @@ TENSOR_NAMES = ("codes", "scales", "zeros", "nested_scales", "nested_offset", "n
 # Elements of a tile of the dense weight: 1 MiB of float32, which stays in a core's second-level cache.
 _TILE_ELEMENTS = 1 << 18
 _local = threading.local()
+_gpu_buffers: dict[tuple[Any, ...], Tensor] = {}
 
 
 @cache
@@ -41,12 +43,23 @@ def _tile_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _workspace(numel: int, dtype: torch.dtype) -> Tensor:
-    """A buffer of this thread, at least ``numel`` long; its content is whatever was there."""
-    buffers = _local.__dict__.setdefault("buffers", {})
-    buffer = buffers.get(dtype)
+def workspace(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A buffer that the next caller on this thread (GPU: stream) gets again; its content is anything.
+
+    While a CUDA graph is captured it is a fresh tensor: the graph keeps its address, and a larger buffer may
+    take its place.
+    """
+    key: tuple[Any, ...] = (dtype, device)
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.empty(numel, dtype=dtype, device=device)
+        key = (dtype, device, torch.cuda.current_stream(device).cuda_stream)
+        buffers = _gpu_buffers
+    else:
+        buffers = _local.__dict__.setdefault("buffers", {})
+    buffer = buffers.get(key)
     if buffer is None or buffer.numel() < numel:
-        buffer = buffers[dtype] = torch.empty(numel, dtype=dtype)
+        buffer = buffers[key] = torch.empty(numel, dtype=dtype, device=device)
     return buffer[:numel]
 
 
@@ -68,27 +81,49 @@ def as_quantized(
     return QuantizedTensor.from_state_dict(fields, shape, dtype, spec)
 
 
-def _for_tiles(tensors: Sequence[Tensor | None], spec: QuantSpec, shape: torch.Size) -> QuantizedTensor:
+class Weight(NamedTuple):
+    """A layer's weight in the pieces that an autograd function can save: its tensors, and the rest beside."""
+
+    tensors: tuple[Tensor | None, ...]
+    spec: QuantSpec
+    shape: torch.Size
+
+    def quantized(self, dtype: torch.dtype = torch.float32) -> QuantizedTensor:
+        """As a QuantizedTensor on the same storage."""
+        return as_quantized(self.tensors, self.spec, self.shape, dtype)
+
+    def decode(self, out: Tensor) -> Tensor:
+        """Dequantise into ``out``, (rows, columns); its rows may be strided where Triton runs."""
+        q = self.quantized()
+        fields = (q.codes, q.scales, q.zeros, q.nested_scales, q.nested_offset, q.nested_map)
+        backends.decode(out, *fields, self.spec.format, self.spec.block_size, 0, backends.AUTO)
+        return out
+
+
+def _dense(weight: Weight, like: Tensor) -> Tensor:
+    """The whole weight in the shared buffer, in the dtype and on the device of ``like``."""
+    return weight.decode(workspace(weight.shape.numel(), like.dtype, like.device).view(weight.shape))
+
+
+def _for_tiles(weight: Weight) -> QuantizedTensor:
     """The weight with dense scales, so that nested ones are decoded once and not once a tile."""
-    q = as_quantized(tensors, spec, shape, torch.float32)
-    if not spec.double_quant:
+    q = weight.quantized()
+    if not weight.spec.double_quant:
         return q
-    plain = replace(spec, double_quant=False)
+    plain = replace(weight.spec, double_quant=False)
     return QuantizedTensor(q.codes, q.dense_scales(), q.zeros, None, None, None, q.shape, q.dtype, plain)
 
 
-def _multiply(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    """x (tokens, in) @ W^T + bias -> (tokens, out) in x's dtype."""
-    rows, columns = q.shape
+def multiply(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x (tokens, in) @ W^T + bias -> (tokens, out), a fresh tensor in x's dtype."""
+    rows, columns = weight.shape
     if x.device.type != "cpu":
-        return torch.nn.functional.linear(
-            x, q.dequantize(x.dtype), None if bias is None else bias.to(x.dtype)
-        )
-    dtype = _tile_dtype(x.dtype)
+        return torch.nn.functional.linear(x, _dense(weight, x), None if bias is None else bias.to(x.dtype))
+    q, dtype = _for_tiles(weight), _tile_dtype(x.dtype)
     x_tile = x.to(dtype)
     y = torch.empty(x.shape[0], rows, dtype=dtype)
     for start, stop in _tiles(rows, columns):
-        tile = _workspace((stop - start) * columns, dtype).view(stop - start, columns)
+        tile = workspace((stop - start) * columns, dtype, x.device).view(stop - start, columns)
         q.dequantize_rows(start, stop, dtype, out=tile)
         torch.mm(x_tile, tile.t(), out=y[:, start:stop])
     if bias is not None:
@@ -96,16 +131,16 @@ def _multiply(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> Tensor:
     return y.to(x.dtype)
 
 
-def _multiply_transposed(grad: Tensor, q: QuantizedTensor) -> Tensor:
-    """grad (tokens, out) @ W -> (tokens, in) in grad's dtype."""
-    rows, columns = q.shape
+def multiply_transposed(grad: Tensor, weight: Weight) -> Tensor:
+    """grad (tokens, out) @ W -> (tokens, in), a fresh tensor in grad's dtype."""
+    rows, columns = weight.shape
     if grad.device.type != "cpu":
-        return grad @ q.dequantize(grad.dtype)
-    dtype = _tile_dtype(grad.dtype)
+        return grad @ _dense(weight, grad)
+    q, dtype = _for_tiles(weight), _tile_dtype(grad.dtype)
     grad_tile = grad.to(dtype)
     total = torch.zeros(grad.shape[0], columns, dtype=dtype)
     for start, stop in _tiles(rows, columns):
-        tile = _workspace((stop - start) * columns, dtype).view(stop - start, columns)
+        tile = workspace((stop - start) * columns, dtype, grad.device).view(stop - start, columns)
         q.dequantize_rows(start, stop, dtype, out=tile)
         torch.addmm(total, grad_tile[:, start:stop], tile, out=total)
     return total.to(grad.dtype)
@@ -128,11 +163,10 @@ def quant_linear(
     columns: int,
 ) -> Tensor:
     """x (..., columns) times the transposed quantised weight (rows, columns), plus bias: (..., rows)."""
-    spec = QuantSpec(format, block_size, double_quant)
     tensors = (codes, scales, zeros, nested_scales, nested_offset, nested_map)
+    weight = Weight(tensors, QuantSpec(format, block_size, double_quant), torch.Size((rows, columns)))
     with torch.autocast(x.device.type, enabled=False):
-        q = _for_tiles(tensors, spec, torch.Size((rows, columns)))
-        y = _multiply(x.reshape(-1, columns), q, bias)
+        y = multiply(x.reshape(-1, columns), weight, bias)
     return y.reshape(*x.shape[:-1], rows)
 
 
@@ -157,11 +191,10 @@ def quant_linear_backward(
     columns: int,
 ) -> Tensor:
     """grad (..., rows) times the quantised weight (rows, columns): the input's gradient, (..., columns)."""
-    spec = QuantSpec(format, block_size, double_quant)
     tensors = (codes, scales, zeros, nested_scales, nested_offset, nested_map)
+    weight = Weight(tensors, QuantSpec(format, block_size, double_quant), torch.Size((rows, columns)))
     with torch.autocast(grad.device.type, enabled=False):
-        q = _for_tiles(tensors, spec, torch.Size((rows, columns)))
-        out = _multiply_transposed(grad.reshape(-1, rows), q)
+        out = multiply_transposed(grad.reshape(-1, rows), weight)
     return out.reshape(*grad.shape[:-1], columns)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from quant import formats
 from quant.formats import Format
 from quant.nested import double_dequantize
+from quant.spec import NESTED_BLOCK_SIZE
 
 AUTO = "auto"
 _KNOWN = ("reference", "lookup", "triton_kernels", "bnb")
@@ -111,6 +112,48 @@ def _(weight: Tensor, format: str, block_size: int, backend: str) -> tuple[Tenso
     return codes, scales, weight.new_empty(blocks if fmt.affine else 0, dtype=torch.uint8)
 
 
+def decode(
+    out: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    nested_scales: Tensor | None,
+    nested_offset: Tensor | None,
+    nested_map: Tensor | None,
+    format: str,
+    block_size: int,
+    start: int,
+    backend: str,
+) -> None:
+    """``dequantize_into`` without its custom op, whose call takes longer than the kernel.
+
+    For code that torch.compile never sees. Triton's kernels also take an ``out`` of two dimensions whose rows
+    are strided.
+    """
+    fmt = formats.get(format)
+    module = get(select(codes.device, format, block_size, backend))
+    codes = codes.reshape(-1)
+    if nested_scales is not None:
+        if nested_offset is None or nested_map is None:
+            raise ValueError("double-quantised scales need nested_offset and nested_map")
+        nested = getattr(module, "dequantize_nested", None)
+        if nested is not None:
+            nested(
+                codes, scales, zeros, (nested_scales, nested_offset, nested_map), fmt, block_size, start, out
+            )
+            return
+        # only the scales that this range needs, from the start of a group: a caller may go row by row
+        first = start // block_size // NESTED_BLOCK_SIZE * NESTED_BLOCK_SIZE
+        last = -(-(start + out.numel()) // block_size)
+        scales = double_dequantize(
+            scales[first:last], nested_scales[first // NESTED_BLOCK_SIZE :], nested_offset, nested_map
+        )
+        skipped = first * block_size
+        codes, start = codes[skipped * fmt.bits // 8 :], start - skipped
+        zeros = None if zeros is None else zeros[first:]
+    module.dequantize(codes, scales, zeros, fmt, block_size, start, out)
+
+
 @torch.library.custom_op("quant::dequantize_into", mutates_args=("out",))
 def dequantize_into(
     out: Tensor,
@@ -126,20 +169,19 @@ def dequantize_into(
     backend: str,
 ) -> None:
     """Elements start ... start + out.numel() of a quantised tensor, written into ``out`` (contiguous)."""
-    fmt = formats.get(format)
-    module = get(select(codes.device, format, block_size, backend))
-    codes = codes.reshape(-1)
-    if nested_scales is not None:
-        if nested_offset is None or nested_map is None:
-            raise ValueError("double-quantised scales need nested_offset and nested_map")
-        nested = getattr(module, "dequantize_nested", None)
-        if nested is not None:
-            nested(
-                codes, scales, zeros, (nested_scales, nested_offset, nested_map), fmt, block_size, start, out
-            )
-            return
-        scales = double_dequantize(scales, nested_scales, nested_offset, nested_map)
-    module.dequantize(codes, scales, zeros, fmt, block_size, start, out)
+    decode(
+        out,
+        codes,
+        scales,
+        zeros,
+        nested_scales,
+        nested_offset,
+        nested_map,
+        format,
+        block_size,
+        start,
+        backend,
+    )
 
 
 @torch.library.custom_op("quant::dequantize", mutates_args=())
@@ -163,7 +205,7 @@ def dequantize(
     ``nested_offset`` and ``nested_map`` are given. ``zeros`` uint8 (n_blocks,) for affine formats.
     """
     out = torch.empty(shape, dtype=dtype, device=codes.device)
-    dequantize_into._init_fn(
+    decode(
         out,
         codes,
         scales,
@@ -197,4 +239,4 @@ def _(
     return codes.new_empty(shape, dtype=dtype)
 
 
-__all__ = ["AUTO", "dequantize", "dequantize_into", "extra", "get", "names", "quantize", "select"]
+__all__ = ["AUTO", "decode", "dequantize", "dequantize_into", "extra", "get", "names", "quantize", "select"]

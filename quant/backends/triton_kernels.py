@@ -75,6 +75,8 @@ def _dequantize_kernel(
     skip,
     numel,
     n_bytes,
+    n_columns,
+    out_stride,
     BITS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BYTES: tl.constexpr,
@@ -82,6 +84,7 @@ def _dequantize_kernel(
     NESTED: tl.constexpr,
     AFFINE: tl.constexpr,
     EVEN: tl.constexpr,
+    STRIDED: tl.constexpr,
 ):
     # A thread-row is BYTES bytes of codes, WIDTH elements, all of one block. Row 0 of the launch is
     # `first_row` of the tensor, and its first `skip` elements lie before `out`.
@@ -137,16 +140,19 @@ def _dequantize_kernel(
             values = tl.join(tl.join(v0, v2), tl.join(v1, v3))
     values = tl.reshape(values, (ROWS, WIDTH))
     element = at[:, None] + tl.arange(0, WIDTH)[None, :]
+    place = element
+    if STRIDED:  # a thread-row lies within one row of `out`
+        place = element + (at // n_columns * (out_stride - n_columns))[:, None]
     if EVEN:
-        tl.store(out_ptr + element, values)
+        tl.store(out_ptr + place, values)
     else:
-        tl.store(out_ptr + element, values, mask=(element >= 0) & (element < numel))
+        tl.store(out_ptr + place, values, mask=(element >= 0) & (element < numel))
 
 
 def dequantize(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, fmt: Format, block_size: int, start: int, out: Tensor
 ) -> Tensor:
-    """As ``reference.dequantize``."""
+    """As ``reference.dequantize``; ``out`` may also be 2-D with strided rows, multiples of 16 long."""
     return _launch_dequantize(codes, scales, zeros, None, fmt, block_size, start, out)
 
 
@@ -182,8 +188,13 @@ def _launch_dequantize(
     first_row, skip = divmod(start, width)
     rows = -(-(numel + skip) // width)
     even = skip == 0 and numel % (_ROWS * width) == 0
+    strided = not out.is_contiguous()
+    if strided and not (out.ndim == 2 and out.stride(1) == 1 and skip == 0 and out.shape[1] % width == 0):
+        raise ValueError(
+            f"out {tuple(out.shape)}, strides {out.stride()}: strided rows must be multiples of {width} long"
+        )
     nested_scales, offset, mapping = nested if nested is not None else (scales, scales, scales)
-    with _on(out.device):
+    with on_device(out.device):
         _dequantize_kernel[(triton.cdiv(rows, _ROWS),)](
             out,
             codes,
@@ -197,6 +208,8 @@ def _launch_dequantize(
             skip,
             numel,
             codes.numel(),
+            out.shape[-1],
+            out.stride(0) if strided else 0,
             BITS=fmt.bits,
             BLOCK_SIZE=block_size,
             BYTES=row_bytes,
@@ -204,6 +217,7 @@ def _launch_dequantize(
             NESTED=nested is not None,
             AFFINE=fmt.affine,
             EVEN=even,
+            STRIDED=strided,
             num_warps=_WARPS,
             enable_fp_fusion=False,
         )
@@ -331,7 +345,7 @@ def quantize(weight: Tensor, fmt: Format, block_size: int) -> tuple[Tensor, Tens
         return codes, scales, zeros
     blocks = max(1, _QUANTIZE_TILE // block_size)
     table = tables(fmt, flat.device)
-    with _on(flat.device):
+    with on_device(flat.device):
         _quantize_kernel[(triton.cdiv(n_blocks, blocks),)](
             flat,
             codes,
@@ -451,7 +465,7 @@ def search_scales(
     blocks = max(1, _QUANTIZE_TILE // block_size)
     weights = flat if importance is None else importance.reshape(-1).float().contiguous()
     grid = torch.tensor(multipliers, dtype=torch.float32).to(flat.device, non_blocking=True)
-    with _on(flat.device):
+    with on_device(flat.device):
         _search_kernel[(triton.cdiv(base.numel(), blocks),)](
             flat,
             weights,
@@ -475,6 +489,6 @@ def search_scales(
     return scales
 
 
-def _on(device: torch.device) -> Any:
+def on_device(device: torch.device) -> Any:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
