@@ -1,0 +1,520 @@
+"""LoraModel: puts adapters on the modules of a model and takes them off again."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from quant.linear import QuantLinear
+
+from . import adapters
+from .auxiliary import AuxiliaryTrainingWrapper
+from .base_weight import is_bnb_linear, is_conv1d
+from .config import LoraConfig, PeftConfig
+from .extra_modules import add_extra_trainable_modules
+from .lora import Linear, create_lora_layer
+from .lora_layer import LoraLayer
+from .mixed_batch import adapter_names_for_rows
+from .targets import (
+    DUMMY_TARGET_MODULES,
+    SEQ_CLS_HEAD_NAMES,
+    TargetPlan,
+    _ExcludedModule,
+    check_target_module_exists,
+    condense,
+    default_targets,
+    is_all_linear,
+    pattern_value,
+    raise_if_nothing_matched,
+    warn_unmatched_patterns,
+)
+from .tuner_layer import BaseTunerLayer, as_names
+from .tying import is_tied_target, plan_ties
+
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
+_MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+_NOT_IN_MAMBA = {"out_proj", "conv1d"}
+
+
+def model_config_dict(model: nn.Module) -> dict[str, Any]:
+    """``model.config`` as a dict; a dummy for models that have none."""
+    config: Any = getattr(model, "config", DUMMY_MODEL_CONFIG)
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    elif dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = dataclasses.asdict(config)
+    return cast(dict[str, Any], config)
+
+
+def all_linear_names(model: Any, task_type: str | None) -> set[str]:
+    """Full names of the linear layers of ``model``, without its output layer and without layers inside
+    adapters."""
+    names: set[str] = set()
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside.append(name + ".")
+            if isinstance(module, Linear):
+                names.add(name)
+        elif isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module) or is_bnb_linear(module):
+            names.add(name)
+    get_output = getattr(model, "get_output_embeddings", None)
+    if get_output is not None and hasattr(model, "config"):
+        head = get_output()
+        if head is None and task_type == "SEQ_CLS":
+            head = next((getattr(model, n) for n in SEQ_CLS_HEAD_NAMES if hasattr(model, n)), None)
+        names -= {name for name, module in model.named_modules() if head is not None and module is head}
+    return names
+
+
+class LoraModel(nn.Module):
+    """A model whose chosen modules are adapted in place.
+
+    Args:
+        model: Any module; transformers' conventions are used where they are found.
+        peft_config: A LoraConfig, or several by adapter name.
+        adapter_name: The adapter to add now.
+        low_cpu_mem_usage: Make the adapter's weights on the meta device.
+        state_dict: Choose the modules by the keys of this state dict instead of by the config.
+
+    Attributes:
+        model: The adapted model.
+        peft_config: Configs by adapter name; the same dict is ``model.peft_config``.
+        targeted_module_names, targeted_parameter_names: What was adapted.
+    """
+
+    prefix: str = "lora_"
+    tuner_layer_cls = LoraLayer
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, Any],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
+        configs: dict[str, Any] = (
+            peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        )
+        existing = getattr(model, "peft_config", None)
+        if isinstance(existing, dict):
+            warnings.warn(
+                "Already found a `peft_config` attribute in the model. This will lead to having multiple "
+                "adapters"
+                " in the model. Make sure to know what you are doing!",
+                stacklevel=3,
+            )
+            existing.update(configs)
+            configs = existing
+        self.peft_config = configs
+        self.active_adapter: str | list[str] = adapter_name
+        self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+        self.model.peft_config = self.peft_config  # type: ignore[assignment]
+
+    # ---- adapters
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active names as a list."""
+        return as_names(self.active_adapter)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapted model's forward."""
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not initialised yet: nothing to ask
+                raise
+            return getattr(self.model, name)
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """``model.config`` as a dict."""
+        return model_config_dict(model)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter or several; see ``adapters.set_adapter``."""
+        adapters.set_adapter(self.model, adapter_name, inference_mode, self.tuner_layer_cls)
+        self.active_adapter = adapter_name
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let the weights of these adapters train, or not."""
+        adapters.set_requires_grad(self.model, adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if it was the only active one, the next becomes active.
+
+        Raises:
+            ValueError: no such adapter, or it is merged.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        adapters.check_not_merged(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        active = adapters.delete_adapter(self.model, adapter_name, self.prefix, self.tuner_layer_cls)
+        self.active_adapter = active or []
+
+    def _set_enabled(self, enabled: bool) -> None:
+        for module in self.model.modules():
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                module.enable_adapters(enabled)
+
+    def disable_adapter_layers(self) -> None:
+        """Make every forward that of the base model; warns where trained biases stay."""
+        for name in self.active_adapters:
+            bias = getattr(self.peft_config[name], "bias", "none")
+            if bias != "none":
+                warnings.warn(
+                    f"Careful, disabling adapter layers with bias configured to be '{bias}' does not "
+                    "produce the "
+                    "same output as the base model would without adaption.",
+                    stacklevel=2,
+                )
+        self._set_enabled(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Undo ``disable_adapter_layers``."""
+        self._set_enabled(True)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        adapters.cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        with adapter_names_for_rows(self, names, kwargs.get("num_beams")):
+            yield
+
+    # ---- putting adapters on
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Adapt the modules that ``self.peft_config[adapter_name]`` chooses, one after another.
+
+        A module that is quantised on the way is released before the next one is looked at, so that the
+        peak is one dense layer above what stays.
+
+        Args:
+            model: To change in place.
+            adapter_name: Whose config to follow.
+            autocast_adapter_dtype: Unused here, as in PEFT: the caller casts.
+            low_cpu_mem_usage: Make the adapter's weights on the meta device.
+            state_dict: Its keys choose the modules instead of the config.
+
+        Raises:
+            NoMatchingPeftModuleError: the config chooses nothing.
+            ValueError: it conflicts with the adapters that are there, or a layer refuses it.
+        """
+        config = self.peft_config[adapter_name]
+        self._check_new_adapter_config(config)
+        plan_ties(model, config)
+        self._choose_targets(config, model)
+        if config.target_parameters and state_dict:
+            raise ValueError(
+                "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses "
+                "`target_parameters`. "
+                "This is not supported -- when using `target_parameters`, please inject the adapter "
+                "without the "
+                "state_dict."
+            )
+        # Names only: a list of modules would keep every dense layer alive until the end.
+        names = [name for name, _ in model.named_modules()]
+        inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
+        before = _trainability(model, adapter_name) if inside else []
+        dummy = config.target_modules == DUMMY_TARGET_MODULES
+        candidates = [n for n in names if n and not n.startswith(inside)] if not dummy else []
+        config.target_modules = condense(config.target_modules, names)
+        plan, tied = self._plan(config, candidates, state_dict)
+        make: Callable[[], AbstractContextManager[Any]] = _on_meta if low_cpu_mem_usage else nullcontext
+        for key in plan.targeted:
+            with make():
+                self._adapt(config, adapter_name, model, key)
+        parameters: list[str] = []
+        if config.target_parameters:
+            from .lora_param import inject_parameters
+
+            parameters = inject_parameters(self, config, adapter_name, model, make)
+        for key in tied:
+            with make():
+                self._adapt(config, adapter_name, model, key)
+            plan.targeted.append(key)
+        self._check_plan(config, plan, parameters, dummy)
+        warn_unmatched_patterns(config, plan.targeted)
+        self._note_targets(plan.targeted, parameters)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._mark_only_adapters_as_trainable(model)
+        add_extra_trainable_modules(
+            model, config, self.get_model_config(self), adapter_name, adapter_name in self.active_adapters
+        )
+        for reference, requires_grad in before:
+            parameter = reference()
+            if parameter is not None:
+                parameter.requires_grad = requires_grad
+
+    def _check_new_adapter_config(self, config: LoraConfig) -> None:
+        others = [other for other in self.peft_config.values() if other is not config]
+        if others and sum(getattr(c, "bias", "none") != "none" for c in (config, *others)) > 1:
+            raise ValueError(
+                f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, "
+                "set bias to 'none' for all adapters."
+            )
+        wanted = set(config.target_parameters or ())
+        for name, other in self.peft_config.items():
+            theirs = set(getattr(other, "target_parameters", None) or ())
+            if other is not config and wanted and theirs and wanted != theirs:
+                raise ValueError(
+                    "When using multiple adapters with `target_parameters`, all adapters must target the "
+                    "same set "
+                    f"of parameters, but got {sorted(wanted)} for the new adapter and {sorted(theirs)} for "
+                    "adapter "
+                    f"'{name}'."
+                )
+
+    def _choose_targets(self, config: LoraConfig, model: nn.Module) -> None:
+        if config.target_modules is None:
+            model_type = self.get_model_config(model).get("model_type")
+            config.target_modules = default_targets(model_type, need=not config.target_parameters)
+        if is_all_linear(config.target_modules):
+            config.target_modules = all_linear_names(model, config.task_type)
+
+    def _check_target_module_exists(self, config: LoraConfig, key: str) -> Any:
+        return check_target_module_exists(config, key)
+
+    def _plan(
+        self, config: LoraConfig, candidates: Sequence[str], state_dict: dict[str, Tensor] | None
+    ) -> tuple[TargetPlan, list[str]]:
+        plan, tied = TargetPlan(target_modules=config.target_modules), []
+        wanted = None
+        if state_dict is not None:
+            # "_orig_mod." is what torch.compile puts before the names.
+            wanted = {k.rsplit("." + self.prefix, 1)[0].removeprefix("_orig_mod.") for k in state_dict}
+        by_config = []
+        for key in candidates:
+            result = self._check_target_module_exists(config, key)
+            if result:
+                by_config.append(key)
+            plain = key.removeprefix("_orig_mod.")
+            if is_tied_target(config, key) and (wanted is None or plain in wanted):
+                tied.append(key)
+            elif wanted is None and isinstance(result, _ExcludedModule):
+                plan.excluded.append(key)
+            elif plain in wanted if wanted is not None else result:
+                plan.targeted.append(key)
+            else:
+                plan.unmatched.append(key)
+        if wanted is not None:
+            _warn_about_difference(set(by_config), {*plan.targeted, *tied})
+        return plan, tied
+
+    def _check_plan(self, config: LoraConfig, plan: TargetPlan, parameters: list[str], dummy: bool) -> None:
+        if dummy or (parameters and not plan.targeted):
+            if config.target_modules and not dummy:
+                warnings.warn(
+                    f"target_modules={config.target_modules} were set but no module was matched.",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+            return
+        raise_if_nothing_matched(config, plan)
+        if config.target_parameters and not parameters:
+            warnings.warn(
+                f"target_parameters={config.target_parameters} were set but no parameter was matched.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _note_targets(self, modules: list[str], parameters: list[str]) -> None:
+        for noted, new in (
+            (self.targeted_module_names, modules),
+            (self.targeted_parameter_names, parameters),
+        ):
+            seen = set(noted)
+            noted.extend(name for name in dict.fromkeys(new) if name not in seen)
+
+    def _adapt(self, config: LoraConfig, adapter_name: str, model: nn.Module, key: str) -> None:
+        parent_name, _, name = key.rpartition(".")
+        parent, target = model.get_submodule(parent_name), model.get_submodule(key)
+        if self.get_model_config(model).get("model_type") in _MAMBA and name in _NOT_IN_MAMBA:
+            model_type = self.get_model_config(model)["model_type"]
+            raise ValueError(
+                f"[PEFT:LORA] Module '{name}' is incompatible with Mamba-based models "
+                f"(model_type='{model_type}'). Incompatible modules: {_NOT_IN_MAMBA}. "
+                "Please remove it from `target_modules` to avoid compatibility issues."
+            )
+        self._create_and_replace(config, adapter_name, target, name, parent, key)
+
+    def _create_and_replace(
+        self,
+        config: LoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        """Add the adapter to ``target`` if it is adapted already, else put an adapted layer in its place."""
+        r = pattern_value(config.rank_pattern, current_key, config.r, field_name="rank_pattern")
+        alpha = pattern_value(
+            config.alpha_pattern, current_key, config.lora_alpha, field_name="alpha_pattern"
+        )
+        kwargs: dict[str, Any] = {"target_name": current_key}
+        if is_tied_target(config, target_name) or is_tied_target(config, current_key):
+            source = self.model.get_input_embeddings()  # type: ignore[operator]
+            kwargs["tied_adapter"] = {
+                "lora_A": source.lora_embedding_B[adapter_name].t(),
+                "lora_B": source.lora_embedding_A[adapter_name].t(),
+            }
+        nested = (
+            parameter_name is not None and isinstance(target, LoraLayer) and target.has_adapter(adapter_name)
+        )
+        if isinstance(target, LoraLayer) and not nested:
+            target.update_layer(adapter_name, r, lora_alpha=alpha, config=config, **kwargs)
+            return
+        kwargs["ephemeral_gpu_offload"] = config.runtime_config.ephemeral_gpu_offload
+        new = create_lora_layer(
+            target, adapter_name, config, r=r, lora_alpha=alpha, parameter_name=parameter_name, **kwargs
+        )
+        if adapter_name not in self.active_adapters:
+            for container in getattr(new, "_containers", tuple)():
+                container.requires_grad_(False)
+        new.train(target.training)
+        setattr(parent, target_name, new)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        biases = [getattr(self.peft_config[name], "bias", "none") for name in self.active_adapters]
+        adapters.mark_only_adapters_as_trainable(model, biases)
+
+    # ---- merging and taking adapters off; the arithmetic is in ``merging``
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters (default: the active ones) into the base weights in place; see
+        ``unmerge_adapter``."""
+        from .merging import check_merge_allowed
+
+        check_merge_allowed(self)
+        for layer in list(adapters.tuner_layers(self.model)):
+            layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put every base weight back as it was before merging, bit for bit."""
+        for layer in list(adapters.tuner_layers(self.model)):
+            layer.unmerge()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        **options: Any,
+    ) -> nn.Module:
+        """Merge adapters and return the model without adapter layers; see ``merging.merge_and_unload``."""
+        from .merging import merge_and_unload
+
+        return merge_and_unload(
+            self, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names, **options
+        )
+
+    def unload(self) -> nn.Module:
+        """The base model again, every adapter layer taken off."""
+        from .merging import unload
+
+        return unload(self)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter that combines others; see ``mixing.add_weighted_adapter``."""
+        from .mixing import add_weighted_adapter
+
+        add_weighted_adapter(self, *args, **kwargs)
+
+
+BaseTuner = LoraModel
+
+
+def _trainability(model: nn.Module, adapter_name: str) -> list[tuple[Any, bool]]:
+    """(weak reference, requires_grad) of what exists, less what is already there of ``adapter_name``."""
+    found = []
+    for name, parameter in model.named_parameters():
+        if f".{adapter_name}." not in name and not name.endswith(f".{adapter_name}"):
+            found.append((weakref.ref(parameter), parameter.requires_grad))
+    return found
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    with torch.device("meta"):
+        yield
+
+
+def _warn_about_difference(by_config: set[str], by_keys: set[str]) -> None:
+    if by_config == by_keys:
+        return
+    message = (
+        "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and "
+        "the provided state_dict. This is not necessarily an issue and can be ignored if this was the "
+        "intent. "
+    )
+    if by_config - by_keys:
+        message += (
+            f"The PEFT config contained these additional target modules: {sorted(by_config - by_keys)}. "
+        )
+    if by_keys - by_config:
+        message += (
+            f"The state_dict contained these additional target modules: {sorted(by_keys - by_config)}. "
+        )
+    warnings.warn(message, RuntimeWarning, stacklevel=5)
+
+
+def inject_adapter_in_model(
+    peft_config: LoraConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
+) -> nn.Module:
+    """Adapt ``model`` in place and return it, without a PeftModel around it.
+
+    Args:
+        peft_config: What to adapt and how.
+        model: To change.
+        adapter_name: Name of the adapter.
+        low_cpu_mem_usage: Make the adapter's weights on the meta device.
+        state_dict: Its keys choose the modules; its values are not used.
+    """
+    tuner = LoraModel(
+        model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
+    )
+    return tuner.model
+
+
+def inspect_matched_modules(tuner: LoraModel, adapter_name: str = "default") -> dict[str, list[str]]:
+    """Names of the modules that the adapter's config matches ("matched") and does not ("unmatched")."""
+    config = tuner.peft_config[adapter_name]
+    found: dict[str, list[str]] = {"matched": [], "unmatched": []}
+    for key, _ in tuner.model.named_modules():
+        found["matched" if check_target_module_exists(config, key) else "unmatched"].append(key)
+    return found
