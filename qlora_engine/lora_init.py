@@ -14,8 +14,7 @@ from quant.tensor import QuantizedTensor
 
 from .base_weight import dense_weight, is_conv1d, is_quantized, store_weight
 from .config import LoftQConfig, LoraConfig
-from .inits import embedding_factors, get, initialise
-from .inits.initialise import Initialised
+from .inits import Initialised, embedding_factors, get, initialise
 from .targets import pattern_value
 
 if TYPE_CHECKING:

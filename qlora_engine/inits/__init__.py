@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 
 from qlora_engine.errors import InputError
-from qlora_engine.inits.initialise import Initialised, embedding_factors, initialise, moments
+from qlora_engine.inits.fold import Initialised, embedding_factors, initialise, moments
 from qlora_engine.inits.method import InitRequest, Method, Solution
 
 __all__ = [

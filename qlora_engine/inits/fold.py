@@ -99,7 +99,8 @@ def initialise(
     W, norm = _checked(weight, chosen, request, scaling, factor_dtype)
     solution = chosen.solve(W, request)
     base, factors = _stored(W, weight.dtype, chosen, solution, request, scaling, factor_dtype)
-    best, error = solution.best, _measure(_left(W, base, factors, scaling), W, norm, hessian)
+    left = _left(W, W if base is None else base, factors, scaling)
+    best, error = solution.best, _measure(left, W, norm, hessian)
     plain = None
     if spec is not None:
         if solution.error_plain is not None and hessian is None:
@@ -175,7 +176,7 @@ def _checked(
         if given is not None and given.shape != shape:
             raise InputError(f"{title}: {field} has shape {tuple(given.shape)}, expected {shape}")
     W = weight.detach().float().contiguous()
-    norm = float(frobenius(W))
+    norm = frobenius(W)
     if not math.isfinite(norm):
         bad = int((~torch.isfinite(W)).sum())
         raise InputError(f"{title} {tuple(W.shape)} has {bad} elements that are NaN or inf")
@@ -211,7 +212,7 @@ def _as_dtype(base: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
 def _left(
     W: Tensor, base: QuantizedTensor | Tensor | None, factors: LowRankFactors | None, scaling: float
 ) -> Tensor:
-    """W - base - scaling * B @ A in float32, from what is stored; a base of None is left out."""
+    """W - base - scaling * B @ A in float32, from what is stored; None leaves a term out."""
     if isinstance(base, QuantizedTensor):
         left = base.dequantize(torch.float32)
         torch.sub(W, left, out=left)
@@ -234,7 +235,7 @@ class _Error(NamedTuple):
 
 
 def _measure(E: Tensor, W: Tensor, norm: float, hessian: Tensor | None) -> _Error:
-    error = relative(float(frobenius(E)), norm)
+    error = relative(frobenius(E), norm)
     if hessian is None:
         return _Error(error, None)
     H = hessian.to(device=W.device, dtype=torch.float32)
