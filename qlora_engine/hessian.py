@@ -73,7 +73,10 @@ class SecondMoment:
 
         Raises:
             ValueError: the last dimension of ``x`` is not ``width``.
+            RuntimeError: the sum was released.
         """
+        if not self.sum.numel():
+            raise RuntimeError("the sum of this SecondMoment was released")
         if x.shape[-1:] != (self.width,):
             raise ValueError(f"inputs {tuple(x.shape)} do not have {self.width} features")
         rows = x.detach().reshape(-1, self.width).to(self.sum.device, torch.float32)  # (n, width)
@@ -109,9 +112,14 @@ class SecondMoment:
         other.tokens = self.tokens
         return other
 
-    def mean(self) -> Tensor:
-        """H: float32 (width, width), symmetric, or its diagonal (width,); zero if no token was added."""
-        mean = self.sum / max(self.tokens, 1)
+    def mean(self, *, release: bool = False) -> Tensor:
+        """H: float32 (width, width), symmetric, or its diagonal (width,); zero if no token was added.
+
+        ``release`` makes it of the sum itself, without a second matrix; nothing can be added afterwards.
+        """
+        mean = self.sum.div_(max(self.tokens, 1)) if release else self.sum / max(self.tokens, 1)
+        if release:
+            self.sum = mean.new_empty(0)
         return mean if self.diagonal else mirror_(mean)
 
 
@@ -146,9 +154,12 @@ class CrossMoment:
         other.tokens = self.tokens
         return other
 
-    def mean(self) -> Tensor:
-        """float32 (width, width), not symmetric; rows belong to the drifted view."""
-        return self.sum / max(self.tokens, 1)
+    def mean(self, *, release: bool = False) -> Tensor:
+        """float32 (width, width), not symmetric, rows of the drifted view; ``release`` as above."""
+        mean = self.sum.div_(max(self.tokens, 1)) if release else self.sum / max(self.tokens, 1)
+        if release:
+            self.sum = mean.new_empty(0)
+        return mean
 
 
 def mirror_(matrix: Tensor) -> Tensor:

@@ -83,6 +83,19 @@ def test_mean_of_no_token_is_zero() -> None:
     assert torch.equal(SecondMoment(3).mean(), torch.zeros(3, 3))
 
 
+def test_mean_can_release_the_sum() -> None:
+    x = torch.randn(9, 200)
+    kept, released = SecondMoment(200), SecondMoment(200)
+    kept.add(x)
+    released.add(x)
+    pointer = released.sum.data_ptr()
+    mean = released.mean(release=True)
+    assert torch.equal(mean, kept.mean())
+    assert mean.data_ptr() == pointer
+    with pytest.raises(RuntimeError, match="released"):
+        released.add(x)
+
+
 def test_copy_is_independent() -> None:
     moment = SecondMoment(4)
     moment.add(torch.randn(5, 4))

@@ -1,0 +1,250 @@
+"""Run a model one block at a time over all its windows, so that one block's weights are in memory.
+
+The windows' hidden states wait on the CPU between blocks. A caller may replace the weights of a block before
+its output is computed, so that later blocks are measured behind what the earlier ones have become.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from qlora_engine.block_calls import BlockCall, CallRecorder
+from qlora_engine.blocks import Blocks, make_batches, prepared
+from qlora_engine.errors import InputError
+from qlora_engine.observe import Group, Observer, Target, find_targets
+from qlora_engine.partial_model import PartialModel
+
+Inputs = Literal["original", "replaced", "both"]
+
+
+@dataclass
+class BlockStep:
+    """The layers of one block (or of what stands before or behind the blocks) and what they were fed.
+
+    Attributes:
+        path: Path of the block; "" for what stands around the blocks.
+        index: Of the block from 0; -1 before, ``count`` behind.
+        count: Blocks of the model.
+        block: The live module, or the whole model where ``path`` is "". What the caller leaves in it is what
+            replaced inputs are propagated through.
+        targets: The layers by name.
+        hessians: H by layer, float32 (in, in) or the diagonal (in,); layers with the same input have the same
+            tensor; layers that were fed nothing are absent. Of the original inputs, or of the replaced ones
+            with ``inputs="replaced"``.
+        tokens: Tokens by layer, those of absent layers too (0).
+        replaced: E[y y^T] of the inputs y through replaced blocks; only with ``inputs="both"``.
+        cross: E[y x^T], rows of y and columns of the original x; only with ``inputs="both"``, and not where
+            the two streams were routed to different experts.
+    """
+
+    path: str
+    index: int
+    count: int
+    block: nn.Module
+    targets: dict[str, Target]
+    hessians: dict[str, Tensor]
+    tokens: dict[str, int]
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    cross: dict[str, Tensor] = field(default_factory=dict)
+
+    def replace(self, name: str, weight: Tensor) -> None:
+        """Overwrite a layer's weight, in the orientation and dtype that it is stored in."""
+        stored = self.targets[name].weight
+        if stored is None or stored.shape != weight.shape:
+            shape = None if stored is None else tuple(stored.shape)
+            raise ValueError(f"{name}: weight {tuple(weight.shape)} for a layer of {shape}")
+        with torch.no_grad():
+            stored.copy_(weight)
+
+
+def means(groups: Mapping[str, Group], *, cross: bool = False) -> dict[str, Tensor]:
+    """H by layer on the CPU, one tensor a group (or the cross moments, where there are); uses the sums up."""
+    made: dict[int, Tensor] = {}
+    for group in groups.values():
+        if id(group) not in made:
+            moment = group.cross if cross else group.moment
+            if moment is not None:
+                made[id(group)] = moment.mean(release=True).cpu()
+    return {name: made[id(group)] for name, group in groups.items() if id(group) in made}
+
+
+def walk_blocks(
+    source: nn.Module | PartialModel | str | Path,
+    windows: Iterable[Tensor],
+    targets: Iterable[str] | None = None,
+    *,
+    inputs: Inputs = "original",
+    device: torch.device | str | None = None,
+    batch_size: int = 4,
+    dtype: torch.dtype = torch.float32,
+    activation_dtype: torch.dtype | None = None,
+    max_full_width: int | None = None,
+    trust_remote_code: bool = False,
+) -> Iterator[BlockStep]:
+    """Second moments of layer inputs block by block, the caller free to replace weights on the way.
+
+    Args:
+        source: A model in memory, or a checkpoint (its folder, or opened as PartialModel), of which one block
+            at a time is loaded.
+        windows: Token ids, int64 (n,) each (``texts.load_texts``).
+        targets: Layers, as in ``observe.find_targets``; None is every linear layer but the head.
+        inputs: Whose second moments: "original", of the model as it is; "replaced", behind the earlier blocks
+            as the caller left them; "both", with the moment between them.
+        device: Where a block computes; None is where the model is, or the CPU.
+        batch_size: Windows of equal length that run at once.
+        dtype: Of weights loaded from a folder.
+        activation_dtype: In which hidden states wait (on the CPU) between blocks; None is the model's.
+        max_full_width: Wider inputs keep only the diagonal of H.
+        trust_remote_code: Let Python files of the folder run.
+
+    Yields:
+        A step for every block that has targets, in order, and before and behind them one for the targets that
+        stand outside of the blocks, if there are any.
+
+    Raises:
+        NotSequential: this model cannot be run in this way.
+        InputError: no such layer, a window that does not fit the model, inputs that are not finite.
+    """
+    if isinstance(source, (str, Path)):
+        source = PartialModel(Path(source), dtype=dtype, trust_remote_code=trust_remote_code)
+    partial = source if isinstance(source, PartialModel) else None
+    model: Any = source.model if isinstance(source, PartialModel) else source
+    if device is None:
+        device = "cpu" if partial is not None else next(model.parameters()).device
+    if inputs not in get_args(Inputs):
+        raise ValueError(f"inputs must be one of {', '.join(get_args(Inputs))}, got {inputs!r}")
+    walk = _Walk(Blocks(model, torch.device(device), partial), inputs, activation_dtype, max_full_width)
+    names = None if targets is None else [partial.names.get(n, n) if partial else n for n in targets]
+    with prepared(model):
+        batches = list(make_batches(windows, batch_size, model))
+        if not batches:
+            raise InputError("no windows to run the model on")
+        yield from walk.run(batches, find_targets(model, names))
+
+
+@dataclass
+class _Walk:
+    blocks: Blocks
+    inputs: Inputs
+    activation_dtype: torch.dtype | None
+    max_full_width: int | None
+
+    def _observer(self, targets: Mapping[str, Target], **options: Any) -> Observer:
+        return Observer(targets, max_full_width=self.max_full_width, **options)
+
+    def _step(self, index: int, targets: dict[str, Target], observer: Observer) -> BlockStep:
+        groups = observer.finish()
+        inside = 0 <= index < len(self.blocks)
+        path = self.blocks.prefix(index) if inside else ""
+        block = self.blocks.layers[index] if inside else self.blocks.model
+        tokens = {name: groups[name].moment.tokens if name in groups else 0 for name in targets}
+        return BlockStep(path, index, len(self.blocks), block, targets, means(groups), tokens)
+
+    def _keep(self, hidden: Tensor) -> Tensor:
+        return hidden.to("cpu", self.activation_dtype or hidden.dtype)
+
+    def _enter(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        return hidden.to(self.blocks.device, dtype)
+
+    @torch.no_grad()  # as a decorator it is off while the caller works between two steps
+    def run(self, batches: list[Tensor], targets: dict[str, Target]) -> Iterator[BlockStep]:
+        blocks, recorder = self.blocks, CallRecorder(self.blocks)
+        within: list[dict[str, Target]] = [{} for _ in range(len(blocks))]
+        around: dict[str, Target] = {}
+        for name, target in targets.items():
+            inner = name.startswith(f"{blocks.path}.")
+            place = within[int(name[len(blocks.path) + 1 :].split(".")[0])] if inner else around
+            place[name] = target
+        with blocks.present(None, 0):
+            observer = self._observer(around)
+            calls: list[list[BlockCall]] = []
+            original: list[Tensor] = []
+            with observer:
+                for ids in batches:
+                    start, recorded = recorder.capture(ids, observer)
+                    original.append(self._keep(start))
+                    calls.append(recorded)
+            compute_dtype = start.dtype
+            before = {name: around[name] for name in around if name in observer.finish()}
+            # Only "both" has two streams; "replaced" has one, and it is the drifted one.
+            drifted = list(original) if self.inputs == "both" else original
+            if before:
+                yield self._step(-1, before, observer)
+                if self.inputs != "original":
+                    nobody = self._observer({})
+                    drifted[:] = [self._keep(recorder.capture(ids, nobody)[0]) for ids in batches]
+        last = max((i for i in range(len(blocks)) if within[i]), default=-1)
+        behind = {name: target for name, target in around.items() if name not in before}
+        end = len(blocks) if behind else last + 1
+        for index in range(end):
+            step_calls = [c[index] for c in calls]
+            with blocks.present(index):
+                yield from self._block(index, within[index], step_calls, original, drifted, compute_dtype)
+        if behind:
+            with blocks.present(None):
+                yield self._finish(recorder, batches, behind, original, drifted, compute_dtype)
+
+    def _block(
+        self,
+        index: int,
+        targets: dict[str, Target],
+        calls: list[BlockCall],
+        original: list[Tensor],
+        drifted: list[Tensor],
+        dtype: torch.dtype,
+    ) -> Iterator[BlockStep]:
+        """One block: its step is yielded if it has targets; both streams are moved behind it in place."""
+        block = self.blocks.layers[index]
+        both = self.inputs == "both"
+        first = self._observer(targets, record_tape=both)
+        second = self._observer(targets, tape=first.tape)
+        for n, call in enumerate(calls):
+            with first:
+                first.start()
+                after = call(block, self._enter(original[n], dtype))
+            if self.inputs != "replaced":
+                original[n] = self._keep(after)  # in place: one copy of the stream is enough
+            if both:
+                with second:
+                    second.start()
+                    call(block, self._enter(drifted[n], dtype))
+        first.start()
+        if targets:
+            step = self._step(index, targets, first)
+            if both:
+                groups = second.finish()
+                step.replaced, step.cross = means(groups), means(groups, cross=True)
+            yield step
+        if self.inputs != "original":
+            for n, call in enumerate(calls):
+                drifted[n] = self._keep(call(block, self._enter(drifted[n], dtype)))
+
+    def _finish(
+        self,
+        recorder: CallRecorder,
+        batches: list[Tensor],
+        targets: dict[str, Target],
+        original: list[Tensor],
+        drifted: list[Tensor],
+        dtype: torch.dtype,
+    ) -> BlockStep:
+        both = self.inputs == "both"
+        first = self._observer(targets, record_tape=both)
+        second = self._observer(targets, tape=first.tape)
+        for ids, x, y in zip(batches, original, drifted):
+            with first:
+                recorder.finish(ids, x.to(dtype), first)
+            if both:
+                with second:
+                    recorder.finish(ids, y.to(dtype), second)
+        step = self._step(len(self.blocks), targets, first)
+        if both:
+            groups = second.finish()
+            step.replaced, step.cross = means(groups), means(groups, cross=True)
+        return step
