@@ -2,7 +2,7 @@
 
 A 4-bit weight NAME is stored as NAME (packed codes), NAME.absmax, NAME.quant_map, with nested scales also
 NAME.nested_absmax and NAME.nested_quant_map, and NAME.quant_state.bitsandbytes__nf4 (or __fp4): a JSON text
-as uint8. An LLM.int8 weight is NAME (int8) with SCB (float32, one a row) beside it; it is read, never written.
+as uint8. An LLM.int8 weight is NAME (int8) with SCB (float32, one a row) beside it; read, never written.
 
 Source: bitsandbytes 0.50.2, ``functional.QuantState.as_dict`` and ``nn.modules``.
 """
@@ -87,7 +87,7 @@ def from_bnb(
 
     Args:
         name: Full name of the weight.
-        tensors: At least the weight and what belongs to it; others are ignored. Storage is shared if possible.
+        tensors: At least the weight and what belongs to it; not copied where that can be avoided.
         dtype: Of the original weight, for LLM.int8, which doesn't store it.
 
     Raises:
@@ -163,8 +163,8 @@ def from_quant_state(weight: Tensor, state: Any, *, name: str = "weight") -> Qua
         name: For errors.
 
     Returns:
-        The weight. After a CPU forward on AVX512-BF16 machines bitsandbytes has shuffled the codes and rounded
-        the scales to bfloat16; then the codes are put back in order (a copy) and the rounded scales are taken.
+        The weight. After a CPU forward on AVX512-BF16 machines bitsandbytes has shuffled the codes and
+        rounded the scales to bfloat16: the codes are put back in order (a copy), the scales taken so.
 
     Raises:
         ValueError: not quantised yet, unknown type, sizes that don't fit.

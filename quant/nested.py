@@ -84,9 +84,12 @@ def double_quantize(scales: Tensor, *, signed: bool = False) -> tuple[Tensor, Te
 
 def double_dequantize(codes: Tensor, nested_scales: Tensor, offset: Tensor, mapping: Tensor) -> Tensor:
     """``map[code] * nested_scale + offset``, float32 (n_blocks,); product and sum are rounded separately."""
-    values = mapping[codes.int()]  # (n_blocks,)
-    per_block = nested_scales.repeat_interleave(BLOCK)[: values.numel()]
-    return values.mul_(per_block).add_(offset)
+    values = torch.index_select(mapping, 0, codes.int())  # (n_blocks,)
+    whole = values.numel() - values.numel() % BLOCK
+    values[:whole].view(-1, BLOCK).mul_(nested_scales[: whole // BLOCK, None])
+    if whole < values.numel():
+        values[whole:].mul_(nested_scales[-1])
+    return values.add_(offset)
 
 
 def _encode(values: Tensor, mapping: Tensor) -> tuple[Tensor, Tensor]:

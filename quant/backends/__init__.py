@@ -2,7 +2,14 @@
 
 A backend is a module of this folder with three functions (see ``reference.py`` for their contract):
 ``unavailable(device, fmt, block_size)``, ``quantize(...)`` and ``dequantize(...)``. It is imported when first
-asked for. ``torch.ops.quant.quantize`` and ``torch.ops.quant.dequantize`` are opaque to torch.compile.
+asked for. The operators are opaque to torch.compile:
+
+- ``torch.ops.quant.quantize(weight, format, block_size, backend)``: absmax rule; packed codes uint8, scales
+  float32 (n_blocks,), zeros uint8 (n_blocks,), empty where the format isn't affine.
+- ``torch.ops.quant.dequantize(codes, scales, zeros, nested_scales, nested_offset, nested_map, format,
+  block_size, start, shape, dtype, backend)``: elements start ... start + prod(shape) as a new tensor. ``scales``
+  is float32 (n_blocks,), or uint8 codes where the three nested tensors are given.
+- ``torch.ops.quant.dequantize_into(out, ...)``: the same into ``out``, which gives shape and dtype.
 """
 
 from __future__ import annotations
@@ -10,6 +17,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -96,22 +104,6 @@ def extra(device: torch.device, fmt: str, block_size: int, function: str) -> Any
     return getattr(get(select(device, fmt, block_size)), function, None)
 
 
-@torch.library.custom_op("quant::quantize", mutates_args=())
-def quantize(weight: Tensor, format: str, block_size: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Absmax quantisation: packed codes uint8, scales float32 (n_blocks,), zeros uint8 (n_blocks,)/(0,)."""
-    name = select(weight.device, format, block_size, backend)
-    codes, scales, zeros = get(name).quantize(weight.contiguous(), formats.get(format), block_size)
-    return codes, scales, scales.new_empty(0, dtype=torch.uint8) if zeros is None else zeros
-
-
-@quantize.register_fake
-def _(weight: Tensor, format: str, block_size: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    fmt, blocks = formats.get(format), -(-weight.numel() // block_size)
-    codes = weight.new_empty((weight.numel() * fmt.bits + 7) // 8, dtype=torch.uint8)
-    scales = weight.new_empty(blocks, dtype=torch.float32)
-    return codes, scales, weight.new_empty(blocks if fmt.affine else 0, dtype=torch.uint8)
-
-
 def decode(
     out: Tensor,
     codes: Tensor,
@@ -125,10 +117,10 @@ def decode(
     start: int,
     backend: str,
 ) -> None:
-    """``dequantize_into`` without its custom op, whose call takes longer than the kernel.
+    """Elements start ... start + out.numel() of a quantised tensor, written into ``out`` (contiguous).
 
-    For code that torch.compile never sees. Triton's kernels also take an ``out`` of two dimensions whose rows
-    are strided.
+    What ``torch.ops.quant.dequantize_into`` runs, for code that torch.compile never sees. Triton's kernels
+    also take an ``out`` of two dimensions whose rows are strided.
     """
     fmt = formats.get(format)
     module = get(select(codes.device, format, block_size, backend))
@@ -154,89 +146,66 @@ def decode(
     module.dequantize(codes, scales, zeros, fmt, block_size, start, out)
 
 
-@torch.library.custom_op("quant::dequantize_into", mutates_args=("out",))
-def dequantize_into(
-    out: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    nested_scales: Tensor | None,
-    nested_offset: Tensor | None,
-    nested_map: Tensor | None,
-    format: str,
-    block_size: int,
-    start: int,
-    backend: str,
-) -> None:
-    """Elements start ... start + out.numel() of a quantised tensor, written into ``out`` (contiguous)."""
-    decode(
-        out,
-        codes,
-        scales,
-        zeros,
-        nested_scales,
-        nested_offset,
-        nested_map,
-        format,
-        block_size,
-        start,
-        backend,
-    )
+# The operators. Schemas by hand and no autograd key: the wrapper of torch.library.custom_op takes three times as
+# long as decoding a small tile does.
 
 
-@torch.library.custom_op("quant::dequantize", mutates_args=())
-def dequantize(
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    nested_scales: Tensor | None,
-    nested_offset: Tensor | None,
-    nested_map: Tensor | None,
-    format: str,
-    block_size: int,
-    start: int,
-    shape: list[int],
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    """Elements start ... start + prod(shape) of a quantised tensor, in a new tensor of ``shape``, ``dtype``.
+def _quantize(weight: Tensor, format: str, block_size: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    name = select(weight.device, format, block_size, backend)
+    with torch.no_grad():
+        codes, scales, zeros = get(name).quantize(weight.contiguous(), formats.get(format), block_size)
+    return codes, scales, scales.new_empty(0, dtype=torch.uint8) if zeros is None else zeros
 
-    ``codes`` uint8 packed, any shape. ``scales`` float32 (n_blocks,), or uint8 codes when ``nested_scales``,
-    ``nested_offset`` and ``nested_map`` are given. ``zeros`` uint8 (n_blocks,) for affine formats.
-    """
+
+def _quantize_fake(
+    weight: Tensor, format: str, block_size: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    fmt, blocks = formats.get(format), -(-weight.numel() // block_size)
+    codes = weight.new_empty((weight.numel() * fmt.bits + 7) // 8, dtype=torch.uint8)
+    scales = weight.new_empty(blocks, dtype=torch.float32)
+    return codes, scales, weight.new_empty(blocks if fmt.affine else 0, dtype=torch.uint8)
+
+
+def _dequantize_into(out: Tensor, *args: Any) -> None:
+    with torch.no_grad():
+        decode(out, *args)
+
+
+def _dequantize(codes: Tensor, *args: Any) -> Tensor:
+    shape, dtype, backend = args[-3:]
     out = torch.empty(shape, dtype=dtype, device=codes.device)
-    decode(
-        out,
-        codes,
-        scales,
-        zeros,
-        nested_scales,
-        nested_offset,
-        nested_map,
-        format,
-        block_size,
-        start,
-        backend,
-    )
+    _dequantize_into(out, codes, *args[:-3], backend)
     return out
 
 
-@dequantize.register_fake
-def _(
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    nested_scales: Tensor | None,
-    nested_offset: Tensor | None,
-    nested_map: Tensor | None,
-    format: str,
-    block_size: int,
-    start: int,
-    shape: list[int],
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    return codes.new_empty(shape, dtype=dtype)
+def _dequantize_fake(codes: Tensor, *args: Any) -> Tensor:
+    return codes.new_empty(args[-3], dtype=args[-2])
 
 
-__all__ = ["AUTO", "decode", "dequantize", "dequantize_into", "extra", "get", "names", "quantize", "select"]
+_PARTS = (
+    "Tensor codes, Tensor scales, Tensor? zeros, Tensor? nested_scales, Tensor? nested_offset, "
+    "Tensor? nested_map, str format, int block_size, SymInt start"
+)
+_SCHEMAS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
+    "quantize": (
+        "(Tensor weight, str format, int block_size, str backend) -> (Tensor, Tensor, Tensor)",
+        _quantize,
+        _quantize_fake,
+    ),
+    "dequantize": (
+        f"({_PARTS}, SymInt[] shape, ScalarType dtype, str backend) -> Tensor",
+        _dequantize,
+        _dequantize_fake,
+    ),
+    "dequantize_into": (
+        f"(Tensor(a!) out, {_PARTS}, str backend) -> ()",
+        _dequantize_into,
+        lambda *args: None,
+    ),
+}
+for _name, (_schema, _run, _fake) in _SCHEMAS.items():
+    torch.library.define(f"quant::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"quant::{_name}", "default", _run)
+    torch.library.register_fake(f"quant::{_name}", _fake)
+
+__all__ = ["AUTO", "decode", "extra", "get", "names", "select"]
