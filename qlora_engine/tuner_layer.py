@@ -168,7 +168,7 @@ class BaseTunerLayer:
         self.set_adapter(remaining[0])
 
     def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
+        self, adapter_name: str, device: torch.device | None = None, *, keep_dtype: bool = False
     ) -> None:
         """Put this adapter (only this one) on the base weight's device, in its dtype if that is a float."""
         base_device, base_dtype = device_and_dtype(self.get_base_layer())
@@ -176,6 +176,7 @@ class BaseTunerLayer:
         if device is None:
             return
         is_float = base_dtype is not None and (base_dtype.is_floating_point or base_dtype.is_complex)
+        is_float = is_float and not keep_dtype
         for attribute in self.adapter_layer_names + self.other_param_names:
             container = getattr(self, attribute, None)
             if not isinstance(container, _CONTAINERS) or adapter_name not in container:
