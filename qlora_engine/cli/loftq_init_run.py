@@ -1,0 +1,257 @@
+"""The body of ``loftq-init``: from parsed options to a finished folder."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from qlora_engine.cli import common
+from qlora_engine.errors import InputError
+from qlora_engine.options import FORMAT_OF_BITS, InitOptions
+from qlora_engine.plan import Plan
+from qlora_engine.report import LayerReport, RunReport, dumps
+from qlora_engine.report_table import human_bytes, human_seconds, human_width, summary
+
+_LOG_SECONDS = 10.0  # between lines of progress where there is no terminal
+_state: dict[str, Path] = {}
+
+
+def how_to_go_on() -> str:
+    """What to add to an error once work has been kept."""
+    from qlora_engine.workspace import RUN_FILE, Workspace
+
+    out = _state.get("out")
+    if out is None:
+        return ""
+    root = Workspace.folder_for(Path(out).resolve())
+    return f"; finished layers are kept in {root}, --resume goes on" if (root / RUN_FILE).exists() else ""
+
+
+def parse_options(given: dict[str, Any]) -> InitOptions:
+    """The solver's options out of the command's.
+
+    Raises:
+        InputError: a value that is not allowed.
+    """
+    bits, name = given["bits"], given["format"]
+    if bits is not None and name is not None:
+        raise InputError(f"--bits {bits} and --format {name}: give one of them")
+    if bits is not None and bits not in FORMAT_OF_BITS:
+        raise InputError(f"--bits {bits}; allowed: {', '.join(map(str, FORMAT_OF_BITS))} (or a --format)")
+    same = (
+        "block_size", "double_quant", "rank", "alpha", "rslora", "method", "iters", "scales", "svd", "seed",
+        "quantize_rest", "dtype", "adapter_dtype", "max_shard_size", "save_format", "trust_remote_code",
+    )  # fmt: skip
+    return InitOptions(
+        format=name or FORMAT_OF_BITS[bits or 4],
+        bits_pattern=common.parse_pairs("--bits-pattern", given["bits_pattern"], str),
+        rank_pattern=common.parse_pairs("--rank-pattern", given["rank_pattern"], common.whole_number),
+        alpha_pattern=common.parse_pairs("--alpha-pattern", given["alpha_pattern"], common.number),
+        target_modules=common.parse_targets("--target-modules", given["target_modules"]),
+        exclude_modules=common.parse_targets("--exclude-modules", given["exclude_modules"]),
+        **{key: given[key] for key in same},
+    )
+
+
+def execute(model: str, out: Path, given: dict[str, Any], command: str) -> int:
+    """Plan, run and print; the exit status."""
+    options = parse_options(given)  # before the slow imports: a wrong option is told at once
+    # torch and transformers take seconds to import
+    from qlora_engine import pipeline
+    from qlora_engine.architecture import read_architecture
+    from qlora_engine.checkpoint import Checkpoint
+    from qlora_engine.hub import find_model
+    from qlora_engine.plan import make_plan
+
+    device = pipeline.choose_device(given["device"])
+    folder = find_model(model, revision=given["revision"], code=options.trust_remote_code)
+    checkpoint = Checkpoint.open(folder)
+    architecture = read_architecture(folder, checkpoint.config, trust_remote_code=options.trust_remote_code)
+    plan = make_plan(checkpoint, architecture, options)
+    quiet, as_json = given["quiet"], given["as_json"]
+    screen = common.console(sys.stdout, quiet=quiet or as_json)
+    if as_json:
+        print(dumps({"event": "plan", **plan_facts(plan)}), flush=True)
+    if given["dry_run"]:
+        screen.print(plan_table(plan), *(Text(f"note: {note}") for note in plan.notes))
+        return 0
+    _state["out"] = out
+    with _progress(plan, quiet=quiet, as_json=as_json) as progress:
+        report = pipeline.run(
+            plan,
+            out,
+            device=device,
+            model=model,
+            command=command,
+            overwrite=given["overwrite"],
+            resume=given["resume"],
+            progress=progress,
+        )
+    if as_json:
+        print(dumps({"event": "done", "out": str(out)} | run_facts(report)), flush=True)
+    screen.print(summary(report))
+    screen.print(Text(next_steps(out, plan, report)))
+    return 0
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """The plan, JSON-able."""
+    return {
+        "architecture": plan.architecture.class_name,
+        "save_format": plan.save_format,
+        "dtype": plan.dtype,
+        "bytes_in": plan.checkpoint.nbytes,
+        "bytes_out": bytes_out(plan),
+        "expected_memory": expected_memory(plan),
+        "notes": list(plan.notes),
+        "layers": [
+            {
+                "name": layer.path,
+                "kind": layer.module.kind,
+                "shape": list(layer.module.shape),
+                "rank": layer.rank,
+                "scaling": layer.scaling,
+                **layer.spec.to_dict(),
+                "bytes_in": layer.entry.nbytes,
+                "bytes_out": plan.layer_bytes(layer),
+            }
+            for layer in plan.layers
+        ],
+    }
+
+
+def run_facts(report: RunReport) -> dict[str, Any]:
+    """A report without its layers, JSON-able."""
+    values = report.to_json()
+    del values["layers"]
+    return values
+
+
+def bytes_out(plan: Plan) -> int:
+    """Bytes of the weight files to come."""
+    quantised = {layer.entry.name for layer in plan.layers}
+    rest = sum(
+        plan.rest_bytes(entry) for entry in plan.checkpoint.tensors.values() if entry.name not in quantised
+    )
+    return rest + sum(plan.layer_bytes(layer) for layer in plan.layers)
+
+
+def expected_memory(plan: Plan) -> int:
+    """Bytes of resident memory that a run on the CPU will take at most, from measurements; see benchmarks."""
+    return 700_000_000 + 24 * plan.largest.numel
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan by kind of layer, with sizes."""
+    table = Table(title=f"{plan.architecture.class_name}: {len(plan.layers)} layers to quantise", box=None)
+    table.title_justify = "left"
+    for name in ("layers", "shape", "format", "rank", "scaling", "size", "becomes"):
+        table.add_column(name, justify="left" if name in ("layers", "format") else "right")
+    counts: Counter[tuple[Any, ...]] = Counter()
+    before: Counter[tuple[Any, ...]] = Counter()
+    after: Counter[tuple[Any, ...]] = Counter()
+    for layer in plan.layers:
+        width = human_width(layer.spec)
+        name = ".".join("*" if part.isdecimal() else part for part in layer.path.split("."))
+        shape = "x".join(map(str, layer.module.shape))
+        key = (name, shape, width, str(layer.rank or "-"), f"{layer.scaling:g}" if layer.rank else "-")
+        counts[key] += 1
+        before[key] += layer.entry.nbytes
+        after[key] += plan.layer_bytes(layer)
+    for (name, *cells), count in counts.items():
+        key = (name, *cells)
+        table.add_row(Text(f"{count} x {name}"), *cells, human_bytes(before[key]), human_bytes(after[key]))
+    total = (human_bytes(plan.checkpoint.nbytes), human_bytes(bytes_out(plan)))
+    table.add_row(Text("whole model", style="bold"), "", f"{plan.save_format}, {plan.dtype}", "", "", *total)
+    memory = human_bytes(expected_memory(plan))
+    table.caption = f"largest layer {plan.largest.path}; expected peak memory on a CPU {memory}"
+    table.caption_justify = "left"
+    return table
+
+
+@contextmanager
+def _progress(plan: Plan, *, quiet: bool, as_json: bool) -> Iterator[Any]:
+    """What to call after each layer: JSON lines, a bar on a terminal, or a line now and then."""
+    if as_json:
+        yield lambda layer, kept: print(dumps({"event": "layer", "kept": kept} | layer.to_json()), flush=True)
+    elif quiet:
+        yield None
+    elif sys.stderr.isatty():
+        with _bar(plan) as update:
+            yield update
+    else:
+        yield _Log(len(plan.layers)).update
+
+
+@contextmanager
+def _bar(plan: Plan) -> Iterator[Any]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=common.console(sys.stderr), transient=True) as progress:
+        task = progress.add_task("reading", total=len(plan.layers))
+
+        def update(layer: LayerReport, kept: bool) -> None:
+            text = f"{layer.name} {layer.error_plain:.4f} -> {layer.error:.4f}"
+            progress.update(task, advance=1, description=f"{text} (kept)" if kept else text)
+
+        yield update
+
+
+class _Log:
+    """A line of progress at most every few seconds, for log files."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.kept = total, 0, 0
+        self.began = self.last = time.monotonic()
+
+    def update(self, layer: LayerReport, kept: bool) -> None:
+        self.done += 1
+        self.kept += kept
+        now = time.monotonic()
+        if now - self.last < _LOG_SECONDS or kept:
+            return
+        self.last = now
+        left = (now - self.began) / (self.done - self.kept) * (self.total - self.done)
+        print(
+            f"{self.done}/{self.total} {layer.name}: {layer.error_plain:.4f} -> {layer.error:.4f}, "
+            f"about {human_seconds(left)} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def next_steps(out: Path, plan: Plan, report: RunReport) -> str:
+    """What to run next, ready to be copied."""
+    adapter = out / "loftq_init"
+    task = plan.architecture.task
+    classes = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
+    classes["FEATURE_EXTRACTION"] = "AutoModel"
+    auto = classes.get(str(task), plan.architecture.class_name)
+    if report.save_format == "native":
+        call = f"qlora_engine.from_pretrained({str(out)!r}, is_trainable=True)"
+        load = f"    import qlora_engine\n    model = {call}\n"
+    else:
+        load = (
+            f"    from transformers import {auto}\n"
+            "    from peft import PeftModel\n"
+            f"    model = {auto}.from_pretrained({str(out)!r})\n"
+            f"    model = PeftModel.from_pretrained(model, {str(adapter)!r}, is_trainable=True)\n"
+        )
+    return (
+        f"\nWrote {out}; the report is {out / 'report.html'}\n\nTo train it, in Python:\n{load}\n"
+        f"To merge the adapter into a dense model:\n    qlora-merge {out} {adapter} MERGED\n"
+    )

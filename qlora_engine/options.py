@@ -1,0 +1,172 @@
+"""What a user can choose for ``loftq-init``, checked once, as one frozen value."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quant import QuantSpec, formats
+from quant.tensor import SCALE_RULES
+
+from . import inits
+from .checkpoint import parse_size
+from .errors import InputError
+from .lowrank import SVD_METHODS
+
+FORMAT_OF_BITS = {2: "nf2", 3: "nf3", 4: "nf4", 8: "int8"}
+SAVE_FORMATS = ("auto", "bnb", "native", "dense")
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+def init_methods() -> list[str]:
+    """The initialisations that quantise the base and need no calibration."""
+    return [name for name in inits.names() if inits.get(name).quantizes and not inits.get(name).needs_hessian]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` where something known is near, else nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def choice(option: str, value: str, allowed: Iterable[str]) -> str:
+    """``value`` if it is one of ``allowed``.
+
+    Raises:
+        InputError: naming what is allowed.
+    """
+    allowed = list(allowed)
+    if value not in allowed:
+        raise InputError(
+            f"{option} {value!r}{did_you_mean(str(value), allowed)}; allowed: {', '.join(allowed)}"
+        )
+    return value
+
+
+def parse_width(text: str | int) -> tuple[str, int | None]:
+    """A format name and perhaps a block size from ``4``, ``"nf4"`` or ``"int8/128"``.
+
+    Raises:
+        InputError: unknown width or format, or a block size that is no number.
+    """
+    name, _, block = str(text).partition("/")
+    if name.isdecimal():
+        if int(name) not in FORMAT_OF_BITS:
+            raise InputError(f"{name} bits; allowed: {', '.join(map(str, FORMAT_OF_BITS))}")
+        name = FORMAT_OF_BITS[int(name)]
+    choice("format", name, formats.names())
+    if block and not block.isdecimal():
+        raise InputError(f"block size {block!r} in {text!r} is not a number")
+    return name, int(block) if block else None
+
+
+@dataclass(frozen=True)
+class InitOptions:
+    """Options of a run. Those that do not change the output's bytes are not here.
+
+    Attributes:
+        method: One of ``init_methods()``.
+        format, block_size, double_quant: Of every quantised weight that ``bits_pattern`` does not name.
+        bits_pattern: Module-name regex -> width, format or "format/block size"; the first match wins.
+        rank: Of every adapter that ``rank_pattern`` does not name.
+        alpha: lora_alpha; None: the rank, which is a scaling of 1.
+        rslora: Scaling is alpha / sqrt(rank).
+        rank_pattern, alpha_pattern: As in LoraConfig.
+        iters, scales, svd, seed: Of the solver.
+        target_modules: Names, one regex, or "all-linear".
+        exclude_modules: Names or one regex.
+        quantize_rest: Quantise the Linears without an adapter too.
+        dtype: Of the model: what is not quantised is converted to it; "auto" leaves it as it is.
+        adapter_dtype: Of A and B.
+        max_shard_size: Bytes of a weight file.
+        save_format: "bnb", "native", "dense", or "auto": bnb where it can hold every weight, else native.
+        trust_remote_code: Let Python files of the model run.
+
+    Raises:
+        InputError: a value that is not allowed, naming it and what is.
+    """
+
+    method: str = "loftq"
+    format: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = False
+    bits_pattern: Mapping[str, str | int] = field(default_factory=dict)
+    rank: int = 16
+    alpha: float | None = None
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    iters: int = 5
+    scales: str = "absmax"
+    svd: str = "fast"
+    seed: int = 0
+    target_modules: tuple[str, ...] | str = "all-linear"
+    exclude_modules: tuple[str, ...] | str = ()
+    quantize_rest: bool = False
+    dtype: str = "auto"
+    adapter_dtype: str = "float32"
+    max_shard_size: int = 5_000_000_000
+    save_format: str = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        choice("method", self.method, init_methods())
+        choice("scales", self.scales, SCALE_RULES)
+        choice("svd", self.svd, SVD_METHODS)
+        choice("save-format", self.save_format, SAVE_FORMATS)
+        choice("dtype", self.dtype, DTYPES)
+        choice("adapter-dtype", self.adapter_dtype, DTYPES[1:])
+        choice("format", self.format, formats.names())
+        object.__setattr__(self, "max_shard_size", parse_size(self.max_shard_size))
+        for name, ranks in (("rank", {"": self.rank}), ("rank-pattern", self.rank_pattern)):
+            for key, rank in ranks.items():
+                if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                    raise InputError(
+                        f"{name} {key and key + '='}{rank!r}; a rank is an integer of at least 1"
+                    )
+        alphas = {"": 1 if self.alpha is None else self.alpha}
+        for name, values in (("alpha", alphas), ("alpha-pattern", self.alpha_pattern)):
+            for key, alpha in values.items():
+                if (
+                    isinstance(alpha, bool)
+                    or not isinstance(alpha, (int, float))
+                    or not 0 < alpha < float("inf")
+                ):
+                    raise InputError(f"{name} {key and key + '='}{alpha!r}; it must be a positive number")
+        if isinstance(self.iters, bool) or not isinstance(self.iters, int) or self.iters < 1:
+            raise InputError(f"iters {self.iters!r}; it must be an integer of at least 1")
+        self._check_regexes()
+        for width in ("", *self.bits_pattern):
+            self.spec_for(width)
+
+    def _check_regexes(self) -> None:
+        given = [*self.bits_pattern, *self.rank_pattern, *self.alpha_pattern]
+        given += [value for value in (self.target_modules, self.exclude_modules) if isinstance(value, str)]
+        for pattern in given:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(f"{pattern!r} is not a regular expression: {error}") from error
+
+    def spec_for(self, pattern: str) -> QuantSpec:
+        """The spec of what the key ``pattern`` of ``bits_pattern`` names; any other key: the default."""
+        name, block = parse_width(self.bits_pattern.get(pattern, self.format))
+        try:
+            return QuantSpec(name, block or self.block_size, self.double_quant)
+        except (ValueError, TypeError) as error:
+            raise InputError(str(error)) from error
+
+    @property
+    def lora_alpha(self) -> float:
+        """Alpha of modules that ``alpha_pattern`` does not name; an int where it is a whole number."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return int(alpha) if alpha == int(alpha) else alpha
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

@@ -1,0 +1,342 @@
+"""``loftq-init`` over a checkpoint: one weight in memory at a time, and the output appears in one step."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .adapter_io import write_adapter
+from .checkpoint import CONFIG_FILE, shard_names, split_shards, write_index
+from .config import LoraConfig
+from .errors import InputError
+from .files import copy_file, rename_into_place, write_json
+from .fingerprint import Fingerprint
+from .plan import LayerPlan, Plan
+from .report import LayerReport, RunReport, dumps
+from .report_html import write_html
+from .safetensors_io import TensorEntry, read_header, write_file
+from .serialise import model_config, rest_tensor
+from .solve import SolvedLayer, solve_layer
+from .workspace import Workspace
+
+ADAPTER_FOLDER = "loftq_init"
+_TABLES = 512  # about what bitsandbytes' quant_map and quant_state take, to plan shards
+_SPARE = 64 << 20  # for configs, tokenizer and the file system
+
+Progress = Callable[[LayerReport, bool], None]
+
+
+def versions() -> dict[str, str]:
+    """Of this package, what computes, and the Python it runs in."""
+    found = {"python": platform.python_version()}
+    for name in ("qlora-engine", "torch", "transformers", "safetensors"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the first CUDA device, or the CPU.
+
+    Raises:
+        InputError: not a device, or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device {name!r}; allowed: auto, cpu, cuda, cuda:N") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise InputError(f"device {name!r}; allowed: auto, cpu, cuda, cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(f"device {name!r} is not there: {count} CUDA devices are visible")
+    return device
+
+
+def describe_run(plan: Plan, device: torch.device) -> dict[str, Any]:
+    """What decides the output's bytes, JSON-able: a resumed run must have the same."""
+    return {
+        "options": plan.options.to_dict(),
+        "input": plan.checkpoint.identity(),
+        "device": device.type,
+        "version": versions()["qlora-engine"],
+    }
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    *,
+    device: torch.device,
+    model: str = "",
+    command: str = "",
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> RunReport:
+    """Carry out ``plan`` and put the result into ``out`` in one step.
+
+    Args:
+        plan: From ``make_plan``.
+        out: Folder to write; see ``Workspace.open`` for what may be there.
+        device: To compute on.
+        model: The model as the user named it, for the report.
+        command: The command line, for the report.
+        overwrite: Replace ``out`` once the new output is whole.
+        resume: Go on with an interrupted run; returns at once if ``out`` is already what this run would make.
+        progress: Called after each layer with its report and whether it was finished by an earlier run.
+
+    Raises:
+        InputError: what is there cannot be replaced or resumed, or the input turns out to be unusable. No
+            trace is left.
+        OSError: disk full, a file vanished, ... Finished layers are kept for ``resume``.
+    """
+    began = time.perf_counter()
+    described = describe_run(plan, device)
+    _check_apart(plan.checkpoint.folder, out)
+    list(plan.checkpoint.side_files())  # refuses links that lead out of the folder
+    Workspace.tidy(out)
+    if resume and (finished := _finished(out, described)) is not None:
+        return finished
+    workspace = Workspace.open(out, described, overwrite=overwrite, resume=resume)
+    try:
+        if not workspace.is_done:
+            _check_space(plan, workspace)
+            before = _write_weights(plan, workspace, device, progress)
+            report = RunReport(
+                model=model or str(plan.checkpoint.folder),
+                command=command,
+                run=described,
+                save_format=plan.save_format,
+                dtype=plan.dtype,
+                layers=(),
+                notes=plan.notes,
+                versions=versions(),
+                device=_device_name(device),
+                bytes_in=plan.checkpoint.nbytes,
+            )
+            _assemble(plan, workspace, report, out, lambda: before + time.perf_counter() - began)
+            if plan.checkpoint.identity() != described["input"]:
+                raise InputError(f"{plan.checkpoint.folder} was changed while it was read")
+            workspace.finish()
+        report = RunReport.read(workspace.root / "done")
+        workspace.publish()
+        return report
+    except InputError:
+        workspace.close(remove=True)
+        raise
+    except BaseException:
+        kept = workspace.is_done or any(workspace.pieces.glob("*.done")) or any(workspace.result.iterdir())
+        workspace.close(remove=not kept)
+        raise
+
+
+def _device_name(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
+
+
+def _check_apart(folder: Path, out: Path) -> None:
+    model, target = Path(os.path.realpath(folder)), Path(os.path.realpath(out))
+    if model == target or model.is_relative_to(target):
+        raise InputError(f"{out} is or contains the model {folder}, which would be lost; give another folder")
+
+
+def _finished(out: Path, described: dict[str, Any]) -> RunReport | None:
+    """The report of ``out`` if the same run has already made it."""
+    try:
+        report = RunReport.read(out)
+    except (InputError, OSError):
+        return None
+    return report if json.loads(dumps(described)) == report.run else None
+
+
+def _check_space(plan: Plan, workspace: Workspace) -> None:
+    sizes = _sizes(plan)
+    element = torch.finfo(getattr(torch, plan.options.adapter_dtype)).bits // 8
+    adapter = sum(layer.factor_bytes(element) for layer in plan.layers)
+    needed = (
+        sum(sizes.values()) + min(plan.options.max_shard_size, sum(sizes.values())) + 2 * adapter + _SPARE
+    )
+    there = sum(path.stat().st_size for path in workspace.root.rglob("*") if path.is_file())
+    free = shutil.disk_usage(workspace.root).free
+    if free < needed - there:
+        raise OSError(
+            errno.ENOSPC,
+            f"{workspace.out.parent} has {free / 1e9:.2f} GB free, and this run needs about "
+            f"{(needed - there) / 1e9:.2f} GB",
+        )
+
+
+def _sizes(plan: Plan) -> dict[str, int]:
+    """Bytes that each tensor on disk becomes, by its name, in natural order."""
+    sizes = {entry.name: plan.rest_bytes(entry) for entry in plan.checkpoint.tensors.values()}
+    return sizes | {layer.entry.name: plan.layer_bytes(layer) + _TABLES for layer in plan.layers}
+
+
+class _Pieces:
+    """Finished layers in the workspace: NUMBER.base until its shard is written, NUMBER.done to the end."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.folder = workspace.pieces
+
+    def _path(self, layer: LayerPlan, kind: str) -> Path:
+        return self.folder / f"{layer.index:05d}.{kind}"
+
+    def has(self, layer: LayerPlan) -> bool:
+        return self._path(layer, "done").exists()
+
+    def put(self, layer: LayerPlan, solved: SolvedLayer) -> None:
+        """Keep a layer. The second file's name is what says that both are whole."""
+        facts = {"report": dumps(solved.report.to_json()), "digest": solved.digest}
+        for kind, tensors, about in (("base", solved.base, None), ("done", solved.factors, facts)):
+            temporary = self._path(layer, f"{kind}.tmp")
+            write_file(temporary, tensors, about)
+            rename_into_place(temporary, self._path(layer, kind))
+
+    def base(self, layer: LayerPlan) -> list[TensorEntry]:
+        return list(read_header(self._path(layer, "base"))[0].values())
+
+    def drop_base(self, layer: LayerPlan) -> None:
+        self._path(layer, "base").unlink(missing_ok=True)
+
+    def factors(self, layer: LayerPlan) -> list[TensorEntry]:
+        return list(read_header(self._path(layer, "done"))[0].values())
+
+    def facts(self, layer: LayerPlan) -> tuple[LayerReport, str]:
+        about = read_header(self._path(layer, "done"))[1]
+        return LayerReport.from_json(json.loads(about["report"])), about["digest"]
+
+
+def _write_weights(
+    plan: Plan, workspace: Workspace, device: torch.device, progress: Progress | None
+) -> float:
+    """Solve what is not solved yet and write every shard that is not written yet; seconds of earlier runs."""
+    pieces = _Pieces(workspace)
+    earlier = 0.0
+    for layer in plan.layers:
+        if pieces.has(layer):
+            report, _ = pieces.facts(layer)
+            earlier += report.seconds
+            if progress is not None:
+                progress(report, True)
+    by_name = {layer.entry.name: layer for layer in plan.layers}
+    sizes = _sizes(plan)
+    runs = split_shards(list(sizes.values()), plan.options.max_shard_size)
+    names = list(sizes)
+    solved = _solve(plan, [layer for layer in plan.layers if not pieces.has(layer)], device)
+    for run_, file_name in zip(runs, shard_names(len(runs)), strict=True):
+        if (workspace.result / file_name).exists():
+            continue
+        members = [names[position] for position in run_]
+        layers = [by_name[name] for name in members if name in by_name]
+        for layer in layers:
+            if not pieces.has(layer):
+                result = next(solved)
+                pieces.put(layer, result)
+                if progress is not None:
+                    progress(result.report, False)
+        tensors: list[Any] = [
+            rest_tensor(plan, plan.checkpoint.tensors[n]) for n in members if n not in by_name
+        ]
+        for layer in layers:
+            tensors += pieces.base(layer)
+        temporary = workspace.pieces / "shard.tmp"
+        write_file(temporary, tensors, {"format": "pt"})
+        rename_into_place(temporary, workspace.result / file_name)
+        for layer in layers:
+            pieces.drop_base(layer)
+    return earlier
+
+
+def _solve(plan: Plan, layers: list[LayerPlan], device: torch.device) -> Iterator[SolvedLayer]:
+    """Solve in order, while a thread reads the next weight."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+        upcoming = reader.submit(layers[0].entry.read) if layers else None
+        for number, layer in enumerate(layers):
+            assert upcoming is not None
+            weight = upcoming.result()
+            upcoming = reader.submit(layers[number + 1].entry.read) if number + 1 < len(layers) else None
+            result = solve_layer(plan, layer, weight, device)
+            del weight  # not held while the caller writes
+            yield result
+
+
+def _assemble(
+    plan: Plan, workspace: Workspace, report: RunReport, out: Path, seconds: Callable[[], float]
+) -> None:
+    """Everything of the output but the shards."""
+    result, pieces = workspace.result, _Pieces(workspace)
+    shards = sorted(result.glob("model*.safetensors"))
+    for path in result.iterdir():
+        if path not in shards:  # of an assembly that was cut off
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    headers = {shard: read_header(shard)[0] for shard in shards}
+    total = sum(entry.nbytes for entries in headers.values() for entry in entries.values())
+    if len(shards) > 1:
+        weight_map = {name: shard.name for shard, entries in headers.items() for name in entries}
+        write_index(result, weight_map, total)
+    write_json(result / CONFIG_FILE, model_config(plan))
+    for relative in plan.checkpoint.side_files(code=plan.options.trust_remote_code):
+        (result / relative).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(plan.checkpoint.folder / relative, result / relative)
+    facts = {layer: pieces.facts(layer) for layer in plan.layers}
+    fingerprint = Fingerprint(
+        specs={layer.path: layer.spec for layer in plan.layers},
+        digests={layer.path: digest for layer, (_, digest) in facts.items()},
+        compute_dtype=plan.dtype,
+    )
+    fingerprint.write(result)
+    factors = [entry for layer in plan.layers for entry in pieces.factors(layer)]
+    write_adapter(result / ADAPTER_FOLDER, factors, adapter_config(plan, out), fingerprint)
+    report = replace(
+        report,
+        layers=tuple(layer_report for layer_report, _ in facts.values()),
+        bytes_out=total,
+        adapter_bytes=sum(entry.nbytes for entry in factors),
+        seconds=seconds(),
+        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+    report.write(result)
+    write_html(report, result)
+
+
+def adapter_config(plan: Plan, out: Path) -> LoraConfig:
+    """The adapter's LoraConfig: PEFT computes the same scaling from it as the plan has."""
+    options, architecture = plan.options, plan.architecture
+    adapted = [layer for layer in plan.layers if layer.rank]
+    mapping = {"base_model_class": architecture.class_name, "parent_library": architecture.library}
+    return LoraConfig(
+        r=options.rank,
+        lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # PEFT's annotation; any number works
+        use_rslora=options.rslora,
+        rank_pattern=dict(options.rank_pattern),
+        alpha_pattern=dict(options.alpha_pattern),  # type: ignore[arg-type]
+        target_modules=plan.target_modules,
+        fan_in_fan_out=all(layer.module.kind == "conv1d" for layer in adapted),
+        init_lora_weights=True,
+        inference_mode=True,
+        task_type=architecture.task,
+        auto_mapping=None if architecture.task else mapping,
+        base_model_name_or_path=str(out),
+    )

@@ -1,0 +1,367 @@
+"""What ``loftq-init`` will do to a checkpoint, decided and checked before anything is written."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quant import QuantSpec
+from quant.bnb_format import why_not_bnb
+
+from .architecture import Architecture, Home, ModuleInfo
+from .checkpoint import Checkpoint, natural_order
+from .config import LoraConfig
+from .errors import InputError
+from .options import InitOptions
+from .safetensors_io import DTYPE_BITS, FLOAT_DTYPES, TensorEntry
+from .targets import check_target_module_exists, condense, get_pattern_key, pattern_value, plan_targets
+
+DTYPE_OF_STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
+STORED_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+SOLVABLE_KINDS = ("linear", "conv1d", "embedding")
+# Heads that another model class would put on this base; transformers must not expect them in 4 bits.
+USUAL_HEADS = ("lm_head", "score", "classifier", "qa_outputs")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One weight to quantise.
+
+    Attributes:
+        index: Position in the plan.
+        module: Its module.
+        entry: Its tensor on disk.
+        spec: How it will be quantised.
+        rank: Of its adapter; 0: none.
+        alpha: lora_alpha of its adapter.
+        scaling: PEFT's factor of the adapter's product.
+    """
+
+    index: int
+    module: ModuleInfo
+    entry: TensorEntry
+    spec: QuantSpec
+    rank: int
+    alpha: float
+    scaling: float
+
+    @property
+    def path(self) -> str:
+        """Module path."""
+        return self.module.path
+
+    @property
+    def numel(self) -> int:
+        """Weights in it."""
+        return self.entry.numel
+
+    def factor_bytes(self, element: int) -> int:
+        """Bytes of A and B with ``element`` bytes an element."""
+        return self.rank * sum(self.module.shape) * element
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done.
+
+    Attributes:
+        checkpoint, architecture, options: The input.
+        layers: Weights to quantise, in natural order of their names on disk.
+        save_format: "bnb", "native" or "dense".
+        dtype: Of the model that is written, torch's name.
+        skip_modules: For bnb: what transformers must leave dense.
+        target_modules: For adapter_config.json: matches exactly the layers with a rank.
+        notes: What the user should know, a sentence each.
+    """
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    options: InitOptions
+    layers: tuple[LayerPlan, ...]
+    save_format: str
+    dtype: str
+    skip_modules: tuple[str, ...]
+    target_modules: Any
+    notes: tuple[str, ...]
+
+    @property
+    def largest(self) -> LayerPlan:
+        """The layer that decides how much memory is needed."""
+        return max(self.layers, key=lambda layer: layer.numel)
+
+    def layer_bytes(self, layer: LayerPlan) -> int:
+        """Bytes of a layer's weight as it will be saved (bitsandbytes' small tables not counted)."""
+        if self.save_format == "dense":
+            return layer.numel * DTYPE_BITS[STORED_DTYPE[self.dtype]] // 8
+        return layer.spec.nbytes(layer.numel)
+
+    def rest_bytes(self, entry: TensorEntry) -> int:
+        """Bytes of a tensor that is not quantised, as it will be saved."""
+        return entry.numel * DTYPE_BITS[self.stored_dtype(entry)] // 8
+
+    def stored_dtype(self, entry: TensorEntry) -> str:
+        """The dtype (safetensors' name) in which a tensor that is not quantised is saved."""
+        converts = self.options.dtype != "auto" or self.save_format == "dense"
+        return STORED_DTYPE[self.dtype] if converts and entry.dtype in FLOAT_DTYPES else entry.dtype
+
+
+def _model_dtype(checkpoint: Checkpoint, options: InitOptions, save_format: str) -> str:
+    if options.dtype != "auto":
+        return options.dtype
+    found = DTYPE_OF_STORED[checkpoint.float_dtype]
+    # A dense result is for consumers that know nothing of us: 16 bits, as they expect.
+    return "float16" if save_format == "dense" and found == "float32" else found
+
+
+def _lora_config(options: InitOptions) -> LoraConfig:
+    targets, exclude = options.target_modules, options.exclude_modules
+    return LoraConfig(
+        r=options.rank,
+        target_modules=list(targets) if isinstance(targets, tuple) else targets,
+        exclude_modules=(list(exclude) if isinstance(exclude, tuple) else exclude) or None,
+    )
+
+
+def _targets(architecture: Architecture, options: InitOptions) -> tuple[set[str], Any, list[str]]:
+    """Paths of the modules that get an adapter, what names them in a LoraConfig, and notes."""
+    modules = [(module.path, module.kind) for module in architecture.modules]
+    head = architecture.heads[0] if architecture.heads else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            found = plan_targets(
+                _lora_config(options), modules, model_type=architecture.model_type, output_layer=head
+            )
+        except ValueError as error:
+            raise InputError(f"{error} {_kinds_hint(architecture)}".strip()) from error
+    return set(found.targeted), found.target_modules, [str(warning.message) for warning in caught]
+
+
+def _kinds_hint(architecture: Architecture) -> str:
+    names = {path.rpartition(".")[2]: None for path in _solvable(architecture)}
+    return f"(this model has {', '.join(names)})" if names else ""
+
+
+def _solvable(architecture: Architecture) -> list[str]:
+    return [module.path for module in architecture.modules if module.kind in SOLVABLE_KINDS]
+
+
+def _check_untied(architecture: Architecture, targeted: Iterable[str]) -> None:
+    for path in targeted:
+        if f"{path}.weight" in architecture.tied:
+            others = sorted(name.removesuffix(".weight") for name in architecture.tied - {f"{path}.weight"})
+            raise InputError(
+                f"'{path}' shares its weight with {', '.join(others)}, and quantising it would change both; "
+                "exclude it with --exclude-modules"
+            )
+
+
+def _locate(
+    checkpoint: Checkpoint, homes: dict[str, Home], chosen: Iterable[ModuleInfo]
+) -> tuple[dict[str, TensorEntry], list[str]]:
+    """The tensor of each chosen module, and the modules whose weight is made from several tensors."""
+    direct = {home.parameter: checkpoint.tensors[key] for key, home in homes.items() if not home.converted}
+    converted = {home.parameter for home in homes.values() if home.converted}
+    found, left = {}, []
+    for module in chosen:
+        name = f"{module.path}.weight"
+        if name in direct:
+            found[module.path] = _checked(direct[name], module)
+        elif name in converted:
+            left.append(module.path)
+        else:
+            raise InputError(f"{checkpoint.folder} lacks the tensor '{name}' that config.json calls for")
+    return found, left
+
+
+def _checked(entry: TensorEntry, module: ModuleInfo) -> TensorEntry:
+    shape = module.shape[::-1] if module.kind == "conv1d" else module.shape
+    if entry.shape != shape:
+        raise InputError(
+            f"{entry.path}: '{entry.name}' has shape {entry.shape}, config.json calls for {shape}"
+        )
+    if entry.dtype not in FLOAT_DTYPES:
+        raise InputError(
+            f"{entry.path}: '{entry.name}' has dtype {entry.dtype}; only {', '.join(FLOAT_DTYPES)} weights "
+            "can be quantised"
+        )
+    return entry
+
+
+def _fused_note(checkpoint: Checkpoint, architecture: Architecture, homes: dict[str, Home]) -> list[str]:
+    """Mixture-of-experts weights, which are one stacked parameter in memory, whatever they are on disk."""
+    stacked = {
+        name
+        for name, shape in architecture.parameters.items()
+        if len(shape) == 3 and not name.endswith((".weight", ".bias"))
+    }
+    keys = [key for key, home in homes.items() if home.converted or home.parameter in stacked]
+    if not keys:
+        return []
+    count = sum(checkpoint.tensors[key].numel for key in keys)
+    return [
+        f"{len(keys)} tensors with {count:,} weights belong to fused or stacked parameters (experts) and "
+        f"stay as they are, e.g. '{keys[0]}'"
+    ]
+
+
+def _save_format(
+    options: InitOptions, specs: dict[str, QuantSpec], kinds: dict[str, str]
+) -> tuple[str, str | None]:
+    """The format to save in, and why it is not bnb where that was left open."""
+    why = next((reason for path in specs if (reason := why_not_bnb(specs[path]))), None)
+    embedding = next((path for path, kind in kinds.items() if kind == "embedding"), None)
+    if why is None and embedding is not None:
+        why = f"bitsandbytes holds no embeddings, and '{embedding}' is one"
+    if options.save_format == "bnb" and why is not None:
+        raise InputError(f"--save-format bnb: {why}; choose --save-format native or dense")
+    if options.save_format != "auto":
+        return options.save_format, None
+    return ("bnb", None) if why is None else ("native", why)
+
+
+def converts_to_4bit(path: str, skip: Sequence[str]) -> bool:
+    """Whether transformers makes the module ``path`` a 4-bit one, given ``llm_int8_skip_modules``.
+
+    Source: transformers 5.23, ``quantizers_utils.should_convert_module``.
+    """
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    return not any(re.match(rf"(?:{key}){boundary}", path) or path.endswith(key) for key in skip)
+
+
+def _skip_modules(architecture: Architecture, quantised: set[str]) -> tuple[str, ...]:
+    """Entries for ``llm_int8_skip_modules`` by which exactly the modules in ``quantised`` become 4-bit ones.
+
+    A path is preferred; where it would also catch a quantised module, an anchored regex names it alone.
+    """
+
+    def entry(name: str) -> str:
+        caught = any(not converts_to_4bit(path, [name]) for path in quantised)
+        return f"^{re.escape(name)}$" if caught else name
+
+    candidates = [module.path for module in architecture.modules if module.stock_4bit]
+    dense = [path for path in candidates if path not in quantised]
+    prefix = f"{architecture.base_prefix}."
+    # The base model alone (AutoModel on a language model's folder) has the same modules without the prefix.
+    names = [*dense, *(path.removeprefix(prefix) for path in dense if len(prefix) > 1), *USUAL_HEADS]
+    return tuple(dict.fromkeys(entry(name) for name in names))
+
+
+def _target_modules(architecture: Architecture, given: Any, adapted: set[str]) -> Any:
+    """``given`` if PEFT would find exactly ``adapted`` with it, otherwise the shortest names that do."""
+    paths = [module.path for module in architecture.modules]
+    for candidate in (given, condense(set(adapted), paths)):
+        config = LoraConfig(target_modules=candidate)
+        if {path for path in paths if check_target_module_exists(config, path)} == adapted:
+            return sorted(candidate) if isinstance(candidate, (set, list)) else candidate
+    return sorted(adapted)
+
+
+def make_plan(checkpoint: Checkpoint, architecture: Architecture, options: InitOptions) -> Plan:
+    """Decide what happens to every tensor.
+
+    Raises:
+        InputError: already quantised, nothing matches, a rank too large, a tied or missing weight, shapes
+            that contradict config.json, a save format that cannot hold what was asked for.
+    """
+    if checkpoint.config.get("quantization_config"):
+        method = checkpoint.config["quantization_config"]
+        method = method.get("quant_method", method) if isinstance(method, dict) else method
+        raise InputError(
+            f"{checkpoint.folder} is quantised already ({method!r:.60}); give the original checkpoint"
+        )
+    adapted, given, notes = _targets(architecture, options)
+    _check_untied(architecture, adapted)
+    chosen = set(adapted)
+    if options.quantize_rest:
+        chosen |= {
+            module.path
+            for module in architecture.modules
+            if module.kind in ("linear", "conv1d") and module.path not in architecture.heads
+        }
+    homes = architecture.homes(checkpoint.tensors)
+    modules = [module for module in architecture.modules if module.path in chosen]
+    entries, left = _locate(checkpoint, homes, modules)
+    if left:
+        notes.append(
+            f"{len(left)} Linears are put together from several tensors and stay dense, e.g. '{left[0]}'"
+        )
+    notes += _fused_note(checkpoint, architecture, homes)
+    modules = sorted(
+        (module for module in modules if module.path in entries),
+        key=lambda module: natural_order(entries[module.path].name),
+    )
+    patterns = list(options.bits_pattern)
+    specs = {m.path: options.spec_for(get_pattern_key(patterns, m.path)) for m in modules}
+    save_format, why_native = _save_format(options, specs, {m.path: m.kind for m in modules})
+    if why_native is not None:
+        notes.append(f"saved in the native format: {why_native}")
+    if save_format == "bnb":
+        stuck = [module.path for module in modules if not module.stock_4bit]
+        if stuck:
+            notes.append(
+                f"{len(stuck)} modules stay dense, because transformers does not load them in 4 bits, e.g. "
+                f"'{stuck[0]}'"
+            )
+        modules = [module for module in modules if module.stock_4bit]
+    adapted &= {module.path for module in modules}
+    if not adapted:
+        raise InputError(f"nothing is left to adapt: {'; '.join(notes)}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layers = _layers(modules, entries, specs, adapted, options)
+    notes += [str(warning.message) for warning in caught[:1]]  # the same key would warn for every layer
+    notes += _unused_patterns(options, [layer.path for layer in layers])
+    quantised = {module.path for module in modules}
+    return Plan(
+        checkpoint=checkpoint,
+        architecture=architecture,
+        options=options,
+        layers=layers,
+        save_format=save_format,
+        dtype=_model_dtype(checkpoint, options, save_format),
+        skip_modules=_skip_modules(architecture, quantised) if save_format == "bnb" else (),
+        target_modules=_target_modules(architecture, given, adapted),
+        notes=tuple(notes),
+    )
+
+
+def _layers(
+    modules: Iterable[ModuleInfo],
+    entries: dict[str, TensorEntry],
+    specs: dict[str, QuantSpec],
+    adapted: set[str],
+    options: InitOptions,
+) -> tuple[LayerPlan, ...]:
+    ranks, alphas = dict(options.rank_pattern), dict(options.alpha_pattern)
+    layers = []
+    for index, module in enumerate(modules):
+        path = module.path
+        rank = pattern_value(ranks, path, options.rank, field_name="rank_pattern")
+        alpha = pattern_value(alphas, path, options.lora_alpha, field_name="alpha_pattern")
+        if path in adapted and rank > min(module.shape):
+            raise InputError(
+                f"rank {rank} is too large for '{path}' of shape {module.shape}: at most {min(module.shape)} "
+                "(give it a smaller one with --rank-pattern, or --exclude-modules)"
+            )
+        scaling = alpha / rank**0.5 if options.rslora else alpha / rank
+        rank = rank if path in adapted else 0
+        layers.append(LayerPlan(index, module, entries[path], specs[path], rank, alpha, scaling))
+    return tuple(layers)
+
+
+def _unused_patterns(options: InitOptions, paths: Sequence[str]) -> list[str]:
+    given = {
+        "bits-pattern": options.bits_pattern,
+        "rank-pattern": options.rank_pattern,
+        "alpha-pattern": options.alpha_pattern,
+    }
+    return [
+        f"--{option} '{key}' matches no quantised module"
+        for option, patterns in given.items()
+        for key in patterns
+        if not any(re.match(rf"(.*\.)?({key})$", path) for path in paths)
+    ]

@@ -1,0 +1,127 @@
+"""One layer of ``loftq-init``: a weight as it lies on disk in, what is stored and what it cost out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant import QuantizedTensor
+
+from .adapter_io import factor_names
+from .fingerprint import module_digest
+from .inits import Initialised, embedding_factors, initialise
+from .plan import LayerPlan, Plan
+from .report import LayerReport
+from .safetensors_io import DenseTensor
+from .serialise import dense_base, layer_tensors
+
+_ROWS = 4096  # whose error is computed at once
+
+
+@dataclass(frozen=True)
+class SolvedLayer:
+    """What is kept of a layer.
+
+    Attributes:
+        base: Tensors of the checkpoint.
+        factors: Tensors of the adapter; none for a layer without one.
+        digest: Of the codes and scales.
+        report: What it cost.
+    """
+
+    base: list[DenseTensor]
+    factors: list[DenseTensor]
+    digest: str
+    report: LayerReport
+
+
+def solve_layer(plan: Plan, layer: LayerPlan, weight: Tensor, device: torch.device) -> SolvedLayer:
+    """Quantise and correct one weight.
+
+    Args:
+        plan: The run's.
+        layer: Which one.
+        weight: As it lies on disk: (out, in), for a Conv1D (in, out), for an embedding (rows, dim).
+        device: To compute on.
+
+    Raises:
+        InputError: NaN or inf in the weight, naming it; values beyond what is saved in float16.
+    """
+    began = time.perf_counter()
+    options, kind = plan.options, layer.module.kind
+    W = weight.to(device)
+    W = W.T.contiguous() if kind == "conv1d" else W  # (out, in)
+    solved = initialise(
+        W,
+        # Without an adapter: plain quantisation, measured in the same place; its factors are dropped.
+        method=options.method if layer.rank else "qlora",
+        rank=layer.rank or 1,
+        spec=layer.spec,
+        scaling=layer.scaling,
+        factor_dtype=getattr(torch, options.adapter_dtype),
+        iters=options.iters,
+        scales=options.scales,
+        svd=options.svd,
+        seed=options.seed,
+        kind="embedding" if kind == "embedding" else "linear",
+        name=layer.entry.name,
+    )
+    assert isinstance(solved.base, QuantizedTensor)
+    base = dataclasses.replace(solved.base, dtype=getattr(torch, plan.dtype))
+    error = solved.error
+    if plan.save_format == "dense":
+        error = _relative_error(W, dense_base(plan, layer, base), solved, layer)
+    report = LayerReport(
+        name=layer.path,
+        kind=kind,
+        shape=layer.module.shape,
+        format=layer.spec.format,
+        block_size=layer.spec.block_size,
+        double_quant=layer.spec.double_quant,
+        rank=layer.rank,
+        scaling=layer.scaling,
+        bits_per_weight=base.bits_per_weight,
+        weight_norm=_norm(W),
+        error_plain=solved.error_plain or 0.0,
+        error=error,
+        output_error_plain=solved.output_error_plain,
+        output_error=solved.output_error,
+        trace=solved.trace,
+        best=solved.best,
+        iterations=solved.iterations,
+        seconds=time.perf_counter() - began,
+        bytes_in=layer.entry.nbytes,
+        bytes_out=plan.layer_bytes(layer),
+        note="quantisation left nothing that the adapter could correct" if _corrects_nothing(solved) else "",
+    )
+    factors: list[DenseTensor] = []
+    if layer.rank:
+        pair = embedding_factors(solved.A, solved.B) if kind == "embedding" else (solved.A, solved.B)
+        factors = [DenseTensor(n, t) for n, t in zip(factor_names(layer.path, kind), pair, strict=True)]
+    return SolvedLayer(layer_tensors(plan, layer, base), factors, module_digest(base), report)
+
+
+def _corrects_nothing(solved: Initialised) -> bool:
+    return solved.method != "qlora" and solved.best == 0
+
+
+def _norm(W: Tensor) -> float:
+    """||W||_F, summed over blocks of rows in float64."""
+    return float(sum(float(rows.float().square().sum(dtype=torch.float64)) for rows in W.split(_ROWS)) ** 0.5)
+
+
+def _relative_error(W: Tensor, base: Tensor, solved: Initialised, layer: LayerPlan) -> float:
+    """||W - base - scaling * B @ A||_F / ||W||_F for a base that was rounded to be saved."""
+    total = 0.0
+    for start in range(0, W.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        left = W[rows].float() - base[rows].float()
+        if layer.rank:
+            left.addmm_(solved.B[rows].float(), solved.A.float(), alpha=-layer.scaling)
+        total += float(left.square().sum(dtype=torch.float64))
+    norm = _norm(W)
+    return total**0.5 / norm if norm else float(total > 0)
