@@ -414,11 +414,9 @@ class LoraModel(nn.Module):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters (default: the active ones) into the base weights in place; see
         ``unmerge_adapter``."""
-        from .merging import check_merge_allowed
+        from .merging import merge_adapter
 
-        check_merge_allowed(self)
-        for layer in list(adapters.tuner_layers(self.model)):
-            layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+        merge_adapter(self, adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Put every base weight back as it was before merging, bit for bit."""
