@@ -1,1 +1,53 @@
-"""qlora-engine: low-bit bases with LoRA factors that correct them."""
+"""qlora-engine: low-bit bases with LoRA factors that correct them.
+
+The names are PEFT's where PEFT has one. They are loaded when they are first used, so that importing the
+package is light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME: dict[str, str] = {
+    name: module
+    for module, names in {
+        "config": "LoraConfig LoftQConfig PeftConfig PeftType TaskType PeftWarning EvaConfig CordaConfig "
+        "LoraGAConfig "
+        "LoraRuntimeConfig PEFT_TYPE_TO_CONFIG_MAPPING get_peft_config",
+        "targets": "NoMatchingPeftModuleError PeftError",
+        "tuner_layer": "BaseTunerLayer",
+        "lora_layer": "LoraLayer",
+        "lora": "LoraLinear LoraEmbedding",
+        "lora_conv": "LoraConv1d LoraConv2d LoraConv3d",
+        "dora": "DoraCaching",
+        "auxiliary": "AuxiliaryTrainingWrapper ModulesToSaveWrapper",
+        "trainable_tokens": "TrainableTokensWrapper",
+        "attach": "LoraModel inject_adapter_in_model inspect_matched_modules",
+        "peft_api": "get_peft_model PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction "
+        "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
+        "PeftModelForTokenClassification MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+        "auto": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
+        "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
+        "AutoPeftModelForTokenClassification",
+        "adapter_state": "get_peft_model_state_dict set_peft_model_state_dict get_base_model_state_dict "
+        "set_base_model_state_dict load_peft_weights",
+    }.items()
+    for name in names.split()
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

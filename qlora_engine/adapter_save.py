@@ -1,0 +1,182 @@
+"""Write a PeftModel's adapters as PEFT's folders, with a fingerprint of the quantised base beside them."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.bnb_format import from_linear4bit
+from quant.linear import QuantizedModule
+from quant.tensor import QuantizedTensor
+
+from .adapter_io import write_adapter
+from .adapter_state import get_peft_model_state_dict, load_peft_weights
+from .base_weight import is_bnb_linear
+from .config import LoraConfig, PeftConfig, __version__
+from .files import write_text
+from .fingerprint import Fingerprint, module_digest
+from .safetensors_io import DenseTensor
+
+
+def _quantized_weights(model: nn.Module) -> dict[str, QuantizedTensor]:
+    """Every quantised weight of the base model by the path its module had before it was adapted."""
+    found: dict[str, QuantizedTensor] = {}
+    for name, module in model.named_modules():
+        path = name.replace(".base_layer", "").replace(".original_module", "")
+        if isinstance(module, QuantizedModule):
+            found[path] = module.quantized()
+        elif is_bnb_linear(module) == "4bit" and getattr(module.weight, "quant_state", None) is not None:
+            found[path] = from_linear4bit(module)
+    return found
+
+
+def base_fingerprint(model: nn.Module) -> Fingerprint | None:
+    """The fingerprint of a base model (adapted or not) whose weights are quantised; None if none is.
+
+    A weight is hashed once: its digest is kept on the module until its codes move or change.
+    """
+    weights = _quantized_weights(model)
+    if not weights:
+        return None
+    dtype = str(getattr(model, "dtype", torch.float32)).removeprefix("torch.")
+    kept: dict[str, Any] = model.__dict__.setdefault("_quantization_digests", {})
+    digests = {}
+    for path, q in weights.items():
+        key = (q.codes.data_ptr(), q.codes._version, q.scales.data_ptr(), q.scales._version)
+        if kept.get(path, (None,))[0] != key:
+            kept[path] = (key, module_digest(q))
+        digests[path] = kept[path][1]
+    return Fingerprint({path: q.spec for path, q in weights.items()}, digests, dtype)
+
+
+def save_adapters(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    *,
+    selected_adapters: list[str],
+    save_embedding_layers: bool | str,
+    state_dict: dict[str, Tensor] | None,
+    initial: str | os.PathLike[str] | None,
+    is_main_process: bool,
+) -> None:
+    """Write every selected adapter; "default" into the folder itself, others into a folder of their name.
+
+    Args:
+        model: A PeftModel.
+        save_directory: Folder.
+        selected_adapters: Names.
+        save_embedding_layers: See ``get_peft_model_state_dict``.
+        state_dict: Of ``model``, if the caller had to gather it.
+        initial: Folder of the adapter as it was initialised: write a plain LoRA of what training changed.
+        is_main_process: False: gather, but write nothing.
+    """
+    folder = Path(save_directory)
+    fingerprint = base_fingerprint(model.get_base_model()) if is_main_process else None
+    for name in selected_adapters:
+        tensors = get_peft_model_state_dict(
+            model, state_dict=state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
+        )
+        if not is_main_process:
+            continue
+        config = _config_to_save(model, model.peft_config[name])
+        if initial is not None:
+            tensors = _difference_to(tensors, config, initial)
+        target = folder if name == "default" else folder / name
+        write_adapter(target, _writable(tensors), config, fingerprint)
+
+
+def _config_to_save(model: Any, config: PeftConfig) -> LoraConfig:
+    """What adapter_config.json says: for inference, and with no initialisation that has been done already."""
+    base = model.get_base_model()
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+    saved: Any = copy.copy(config)
+    saved.inference_mode = True
+    if saved.init_lora_weights == "loftq":
+        # The base is solved and saved with it; "loftq" in the file would solve it once more at loading.
+        saved.init_lora_weights, saved.loftq_config = True, {}
+    if saved.task_type is None:
+        saved.auto_mapping = {
+            "base_model_class": type(base).__name__,
+            "parent_library": type(base).__module__,
+        }
+    return saved  # type: ignore[no-any-return]
+
+
+def _writable(tensors: dict[str, Tensor]) -> list[DenseTensor]:
+    return [DenseTensor(name, tensor.detach().cpu().contiguous()) for name, tensor in sorted(tensors.items())]
+
+
+def _difference_to(
+    tensors: dict[str, Tensor], config: Any, initial: str | os.PathLike[str]
+) -> dict[str, Tensor]:
+    """``s B A - s B0 A0`` as one LoRA: A' = [A; A0], B' = [B, -B0] at twice the rank; changes ``config``.
+
+    It applies to the weights as they were before PiSSA, OLoRA or LoftQ took their part out of them.
+
+    Raises:
+        ValueError: rank-stabilised scaling with patterns: no single factor restores it; or the initial
+            adapter would be initialised from the weights when it is loaded.
+    """
+    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+        raise ValueError(
+            "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported when "
+            "using `rank_pattern` or `alpha_pattern` at the same time as `use_rslora=True`."
+        )
+    init = PeftConfig.from_pretrained(initial).init_lora_weights
+    if isinstance(init, str) and (
+        init.lower().startswith("pissa") or init.lower() in ("corda", "olora", "lora_ga")
+    ):
+        raise ValueError(
+            "The `init_lora_weights` parameter of the initial adapter should be set to `True`. Otherwise, "
+            "loading it would decompose the residual model again."
+        )
+    before = load_peft_weights(initial)
+    result = {}
+    for name, tensor in tensors.items():
+        if "lora_A" in name:
+            result[name] = torch.cat([tensor.cpu(), before[name].to(tensor.dtype)], dim=0)
+        elif "lora_B" in name:
+            result[name] = torch.cat([tensor.cpu(), -before[name].to(tensor.dtype)], dim=1)
+    config.init_lora_weights = True
+    config.r *= 2
+    # alpha / r stays the same with both doubled, alpha / sqrt(r) with alpha times sqrt(2).
+    config.lora_alpha *= 2**0.5 if config.use_rslora else 2
+    config.rank_pattern = {key: 2 * value for key, value in config.rank_pattern.items()}
+    config.alpha_pattern = {key: 2 * value for key, value in config.alpha_pattern.items()}
+    return result
+
+
+def write_model_card(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Write README.md, or bring its metadata up to date: library, base model, tags, version."""
+    from huggingface_hub import ModelCard
+
+    path = Path(folder) / "README.md"
+    card = ModelCard.load(path) if path.exists() else ModelCard("---\n{}\n---\n\n# LoRA adapter\n")
+    base = model.get_base_model()
+    name = getattr(base, "name_or_path", None)
+    tags = {*(getattr(base, "model_tags", None) or []), "lora"}
+    if hasattr(base, "config") and type(base).__module__.startswith("transformers."):
+        tags.add("transformers")
+    if hasattr(base, "name_or_path"):
+        tags.add(f"base_model:adapter:{name}")
+    card.data["library_name"] = "peft"
+    card.data["tags"] = sorted(tags)
+    if name:
+        card.data["base_model"] = name
+    if not card.data.get("pipeline_tag") and type(model).__name__ == "PeftModelForCausalLM":
+        card.data["pipeline_tag"] = "text-generation"
+    heading, line = "### Framework versions", f"- PEFT {__version__}"
+    lines = card.text.splitlines()
+    if line not in lines:
+        if heading in lines:
+            lines.insert(lines.index(heading) + 2, line)
+        else:
+            lines += ["", heading, "", line]
+    card.text = "\n".join(lines) + "\n"
+    write_text(path, str(card))
