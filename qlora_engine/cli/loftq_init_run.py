@@ -99,7 +99,7 @@ def execute(model: str, out: Path, given: dict[str, Any], command: str) -> int:
     if as_json:
         print(dumps({"event": "done", "out": str(out)} | run_facts(report)), flush=True)
     screen.print(summary(report))
-    screen.print(Text(next_steps(out, plan, report)))
+    screen.print(Text(next_steps(out, plan, report)), soft_wrap=True)
     return 0
 
 
