@@ -86,6 +86,7 @@ def candidates(suite: str, *, block_size: int, peft: bool) -> Iterator[Candidate
                 if known.quantizes and known.corrects and method != "loftq":
                     if not known.needs_hessian:
                         yield replace(loftq, method=method)
+                        yield replace(loftq, method=method, scales="signed-mse")
                     elif suite != "weights":
                         yield replace(loftq, method=method, iters=1, scales="signed-mse")
 
