@@ -39,12 +39,17 @@ def set_fused(on: bool) -> bool:
     return before
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether the fused functions are worth it for ``x``."""
+    return x.device.type == "cuda"
+
+
 def applies(layer: Any, adapters: Sequence[str], x: Tensor) -> bool:
     """Whether ``lora_linear`` computes what a LoRA layer's forward does, and is worth it.
 
     On a CPU the unfused path is kept, whose products in the adapter's own dtype equal PEFT's to the last bit.
     """
-    if not _switch["on"] or x.device.type != "cuda" or torch.compiler.is_compiling() or len(adapters) != 1:
+    if not _switch["on"] or not on_gpu(x) or torch.compiler.is_compiling() or len(adapters) != 1:
         return False
     adapter, base = adapters[0], layer.get_base_layer()
     return (
@@ -54,11 +59,12 @@ def applies(layer: Any, adapters: Sequence[str], x: Tensor) -> bool:
         and not layer.use_dora.get(adapter, False)
         and not layer.lora_bias.get(adapter, False)
         and x.is_floating_point()
-        and not any(_has_hooks(module) for module in (base, layer.lora_A[adapter], layer.lora_B[adapter]))
+        and not any(has_hooks(module) for module in (base, layer.lora_A[adapter], layer.lora_B[adapter]))
     )
 
 
-def _has_hooks(module: torch.nn.Module) -> bool:
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether somebody watches the calls of ``module``."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 

@@ -93,7 +93,9 @@ class Weight(NamedTuple):
         return as_quantized(self.tensors, self.spec, self.shape, dtype)
 
     def decode(self, out: Tensor) -> Tensor:
-        """Dequantise into ``out``, (rows, columns); its rows may be strided where Triton runs."""
+        """Dequantise into ``out``, (rows, columns); rows may be strided (on CUDA: multiples of 16 long)."""
+        if not out.is_contiguous() and out.device.type != "cuda":
+            return out.copy_(self.decode(torch.empty_like(out, memory_format=torch.contiguous_format)))
         q = self.quantized()
         fields = (q.codes, q.scales, q.zeros, q.nested_scales, q.nested_offset, q.nested_map)
         backends.decode(out, *fields, self.spec.format, self.spec.block_size, 0, backends.AUTO)

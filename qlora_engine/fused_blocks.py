@@ -1,0 +1,388 @@
+"""Layers that share their input, computed together: the SwiGLU MLP, and query, key and value.
+
+``enable(model)`` looks for modules with ``gate_proj``, ``up_proj`` and ``down_proj`` (SiLU between), and for
+modules with ``q_proj``, ``k_proj`` and ``v_proj``, all of them LoRA layers on quantised weights, and runs
+each as one autograd function on CUDA, without touching the model's source. Where a call does not fit (several
+adapters, DoRA, dropout in training, hooks, torch.compile, a CPU), the module's own forward runs.
+``disable(model)`` undoes it; do so before pickling the model.
+
+The factors are a few columns more of the same products, not passes of their own over the activations:
+``x W^T + s (x A^T) B^T = [x, x A^T] [W, s B]^T`` and ``dy W + dh A = [dy, dh] [W; A]``.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from quant.linear_op import Weight, workspace
+
+from . import fused
+
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_QKV = ("q_proj", "k_proj", "v_proj")
+_SILU = ("SiLU", "SiLUActivation")
+_ALIGN = 8  # elements: 16 bytes, which tensor cores and TMA want of every row of a half-precision matrix
+
+
+_STRIDED = 16  # elements: strided rows of a decoded weight must be a multiple of this
+
+
+class Part(NamedTuple):
+    """One layer of a group: its weight (out, in), its factors and their scaling."""
+
+    weight: Weight
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+
+def enable(model: nn.Module) -> int:
+    """Run what can be run together as one function; returns how many modules were switched.
+
+    Idempotent. ``qlora_engine.fused.set_fused(False)`` switches all of it off for the process.
+    """
+    switched = 0
+    for module in model.modules():
+        if _has_lora(module, _MLP) and _is_silu(module) and "forward" not in module.__dict__:
+            module.forward = types.MethodType(_mlp_forward, module)
+            switched += 1
+        elif _has_lora(module, _QKV) and not hasattr(module.q_proj, "_shared_input"):
+            group = _SharedInput([getattr(module, name) for name in _QKV])
+            for index, name in enumerate(_QKV):
+                layer = getattr(module, name)
+                layer.forward = types.MethodType(_member_forward, layer)
+                layer._shared_input = (group, index)
+                switched += index == 0
+    return switched
+
+
+def disable(model: nn.Module) -> int:
+    """Undo ``enable``; returns how many modules were switched back."""
+    switched = 0
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if getattr(forward, "__func__", None) is _mlp_forward:
+            del module.forward
+            switched += 1
+        elif getattr(forward, "__func__", None) is _member_forward:
+            del module.forward
+            switched += cast(Any, module)._shared_input[1] == 0
+            del module._shared_input
+    return switched
+
+
+def _has_lora(module: nn.Module, names: tuple[str, ...]) -> bool:
+    return all(hasattr(getattr(module, name, None), "_fused_forward") for name in names)
+
+
+def _is_silu(module: nn.Module) -> bool:
+    return type(getattr(module, "act_fn", None)).__name__ in _SILU
+
+
+def _part(layer: Any, x: Tensor) -> Part | None:
+    """The layer as a Part, or None where its own forward has to run."""
+    adapters = [name for name in layer.active_adapters if layer.has_adapter(name)]
+    if layer.merged or layer.disable_adapters or not fused.applies(layer, adapters, x):
+        return None
+    name, base = adapters[0], layer.base_layer
+    dropout = layer.lora_dropout[name]
+    drops = layer.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
+    if drops or base.bias is not None or fused.has_hooks(layer):
+        return None
+    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return Part(fused.weight_of(base), A, B, layer.scaling[name])
+
+
+def _compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    dtype: torch.dtype = layer.base_layer.compute_dtype or x.dtype
+    return dtype
+
+
+# ---- the MLP
+
+
+def _mlp_forward(self: Any, x: Tensor) -> Tensor:
+    layers = [getattr(self, name) for name in _MLP]
+    parts = [_part(layer, x) for layer in layers]
+    if any(part is None or part.weight.shape[1] % _STRIDED for part in parts) or fused.has_hooks(self.act_fn):
+        return type(self).forward(self, x)  # type: ignore[no-any-return]
+    out_dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    with torch.autocast(x.device.type, enabled=False):
+        y = swiglu_mlp(x.to(_compute_dtype(layers[0], x)), *[part for part in parts if part is not None])
+    return y.to(out_dtype)
+
+
+def swiglu_mlp(x: Tensor, gate: Part, up: Part, down: Part) -> Tensor:
+    """``down(silu(gate(x)) * up(x))`` of three quantised layers with their adapters; no biases, no dropout.
+
+    Args:
+        x: (..., hidden), the compute dtype.
+        gate: (width, hidden).
+        up: (width, hidden).
+        down: (hidden, width).
+
+    Returns:
+        (..., hidden). For backward, x, gate's and up's outputs and the rank-wide products are kept; the
+        activation is computed again.
+    """
+    y: Tensor = _SwigluMlp.apply(x, *_flatten(gate, up, down))
+    return y
+
+
+class _SwigluMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *flat: Any) -> Tensor:
+        from quant.backends import triton_blocks
+
+        gate, up, down = _unflatten(flat)
+        width, hidden = gate.weight.shape
+        rows = x.reshape(-1, hidden)
+        tokens, ranks = rows.shape[0], len(gate.A) + len(up.A)
+        inner = _aligned(ranks)
+        xh = rows.new_empty(tokens, hidden + inner)  # [x, x A_gate^T, x A_up^T, 0]
+        xh[:, :hidden] = rows
+        stacked = _padded(torch.cat([gate.A, up.A]).to(x.dtype), inner)  # (inner, hidden)
+        torch.mm(rows, stacked.t(), out=xh[:, hidden:])
+        gate_up = rows.new_empty(tokens, 2 * width + inner)  # the last columns serve backward
+        first = 0
+        for part, out in ((gate, gate_up[:, :width]), (up, gate_up[:, width : 2 * width])):
+            W = workspace(width * (hidden + inner), x.dtype, x.device).view(width, hidden + inner)
+            part.weight.decode(W[:, :hidden])
+            W[:, hidden:] = 0
+            torch.mul(part.B, part.scaling, out=W[:, hidden + first : hidden + first + len(part.A)])
+            torch.mm(xh, W.t(), out=out)
+            first += len(part.A)
+        h = xh[:, hidden : hidden + ranks].contiguous()
+        del xh
+        act = triton_blocks.swiglu(gate_up, rows.new_empty(tokens, width))
+        W = down.weight.decode(workspace(width * hidden, x.dtype, x.device).view(hidden, width))
+        y = act @ W.t()
+        h_down = act @ down.A.to(x.dtype).t()
+        y.addmm_(h_down, down.B.to(x.dtype).t(), alpha=down.scaling)
+        ctx.parts = [
+            (len(p.weight.tensors), p.weight.spec, p.weight.shape, p.scaling) for p in (gate, up, down)
+        ]
+        ctx.save_for_backward(x, gate_up, h, h_down, *_tensors(gate, up, down))
+        ctx.used = False
+        return y.reshape(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        from quant.backends import triton_blocks
+
+        if ctx.used:
+            raise RuntimeError(
+                "the fused MLP overwrites what it saved: a second backward through it needs "
+                "qlora_engine.fused.set_fused(False) before the forward"
+            )
+        ctx.used = True
+        x, gate_up, h, h_down, *saved = ctx.saved_tensors
+        gate, up, down = _with_settings(saved, ctx.parts)
+        width, hidden = gate.weight.shape
+        r_gate, ranks = len(gate.A), len(gate.A) + len(up.A)
+        rows = x.reshape(-1, hidden)
+        dy = grads[0].reshape(-1, hidden).to(x.dtype)
+
+        B = down.B.to(x.dtype)
+        dh = torch.addmm(h_down, dy, B, beta=0, alpha=down.scaling)
+        dB_down = torch.addmm(B, dy.t(), h_down, beta=0, alpha=down.scaling)
+        W = down.weight.decode(workspace(width * hidden, x.dtype, x.device).view(hidden, width))
+        d_act = dy @ W
+        d_act.addmm_(dh, down.A.to(x.dtype))
+        triton_blocks.swiglu_backward(gate_up, d_act)
+        dA_down = dh.t() @ d_act  # d_act holds the activation now
+        del d_act
+
+        inner = gate_up.shape[1] - 2 * width
+        d_gate, d_up, dh = gate_up[:, :width], gate_up[:, width : 2 * width], gate_up[:, 2 * width :]
+        dh[:, ranks:] = 0
+        for part, d_out, columns in ((gate, d_gate, dh[:, :r_gate]), (up, d_up, dh[:, r_gate:ranks])):
+            torch.mm(d_out, part.B.to(x.dtype), out=columns)
+            columns.mul_(part.scaling)
+        dB_gate = torch.mm(d_gate.t(), h[:, :r_gate]).mul_(gate.scaling)
+        dB_up = torch.mm(d_up.t(), h[:, r_gate:]).mul_(up.scaling)
+        dA = dh[:, :ranks].t() @ rows
+        W = gate.weight.decode(workspace(width * hidden, x.dtype, x.device).view(width, hidden))
+        dx = d_gate @ W
+        W = workspace((width + inner) * hidden, x.dtype, x.device).view(width + inner, hidden)
+        up.weight.decode(W[:width])
+        W[width:] = _padded(torch.cat([gate.A, up.A]).to(x.dtype), inner)
+        dx.addmm_(gate_up[:, width:], W)  # [d_up, dh] [W_up; A_gate; A_up]
+        return (
+            dx.reshape(x.shape),
+            None,
+            *_gradients(gate, dA[:r_gate], dB_gate),
+            *_gradients(up, dA[r_gate:], dB_up),
+            *_gradients(down, dA_down, dB_down),
+        )
+
+
+# ---- query, key and value
+
+
+class _SharedInput:
+    """Layers called one after the other on the same input: the first call computes all, the others collect.
+
+    The results wait here between the calls of one forward; only a call with the very tensor they were
+    computed from, in the same grad mode, collects them.
+    """
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        self.x: Tensor | None = None
+        self.waiting: dict[int, Tensor] = {}
+        self.mode = (False, False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SharedInput:
+        import copy
+
+        return _SharedInput(copy.deepcopy(self.layers, memo))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "x": None, "waiting": {}, "mode": (False, False)}
+
+    def output(self, index: int, x: Tensor) -> Tensor | None:
+        """The output of layer ``index`` on ``x``, or None where its own forward has to run."""
+        mode = (torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
+        if index in self.waiting and self.x is x and self.mode == mode:
+            y = self.waiting.pop(index)
+            if not self.waiting:
+                self.x = None
+            return y
+        self.x, self.waiting = None, {}
+        if index != 0:
+            return None
+        parts = [_part(layer, x) for layer in self.layers]
+        if any(part is None for part in parts):
+            return None
+        dtype = torch.get_autocast_dtype("cuda") if mode[1] else x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            computed = shared_input(
+                x.to(_compute_dtype(self.layers[0], x)), *[part for part in parts if part is not None]
+            )
+        outputs = [y.to(dtype) for y in computed]
+        self.x, self.waiting, self.mode = x, dict(enumerate(outputs[1:], 1)), mode
+        return outputs[0]
+
+
+def _member_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    group, index = self._shared_input
+    y = None if args or kwargs else group.output(index, x)
+    return type(self).forward(self, x, *args, **kwargs) if y is None else y
+
+
+def shared_input(x: Tensor, *parts: Part) -> tuple[Tensor, ...]:
+    """The outputs of quantised layers with adapters on one input; no biases, no dropout.
+
+    Args:
+        x: (..., in), the compute dtype.
+        parts: Each (out_i, in).
+
+    Returns:
+        (..., out_i) each; backward adds the input's gradients up in one buffer.
+    """
+    outputs: tuple[Tensor, ...] = _SharedProducts.apply(x, *_flatten(*parts))
+    return outputs
+
+
+class _SharedProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+        parts = _unflatten(flat)
+        columns = parts[0].weight.shape[1]
+        rows = x.reshape(-1, columns)
+        h = rows @ torch.cat([part.A for part in parts]).to(x.dtype).t()  # (tokens, all ranks)
+        outputs, first = [], 0
+        for part in parts:
+            out = part.weight.shape[0]
+            W = part.weight.decode(workspace(out * columns, x.dtype, x.device).view(out, columns))
+            y = rows @ W.t()
+            mine = h[:, first : first + len(part.A)]
+            y.addmm_(mine, part.B.to(x.dtype).t(), alpha=part.scaling)
+            first += len(part.A)
+            outputs.append(y.reshape(*x.shape[:-1], out))
+        ctx.parts = [(len(p.weight.tensors), p.weight.spec, p.weight.shape, p.scaling) for p in parts]
+        ctx.save_for_backward(x, h, *_tensors(*parts))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, h, *saved = ctx.saved_tensors
+        parts = _with_settings(saved, ctx.parts)
+        columns = parts[0].weight.shape[1]
+        rows = x.reshape(-1, columns)
+        dh = torch.empty_like(h)
+        dx = None
+        first, dBs = 0, []
+        for part, grad in zip(parts, grads, strict=True):
+            out, r = part.weight.shape[0], len(part.A)
+            dy = grad.reshape(-1, out).to(x.dtype)
+            B = part.B.to(x.dtype)
+            torch.mm(dy, B * part.scaling, out=dh[:, first : first + r])
+            dBs.append(torch.addmm(B, dy.t(), h[:, first : first + r], beta=0, alpha=part.scaling))
+            W = part.weight.decode(workspace(out * columns, x.dtype, x.device).view(out, columns))
+            dx = dy @ W if dx is None else dx.addmm_(dy, W)
+            first += r
+        assert dx is not None
+        dA = dh.t() @ rows
+        dx.addmm_(dh, torch.cat([part.A for part in parts]).to(x.dtype))
+        result: list[Any] = [dx.reshape(x.shape), None]
+        first = 0
+        for part, dB in zip(parts, dBs, strict=True):
+            result += _gradients(part, dA[first : first + len(part.A)], dB)
+            first += len(part.A)
+        return tuple(result)
+
+
+# ---- parts as flat arguments of an autograd function
+
+
+def _flatten(*parts: Part) -> list[Any]:
+    flat: list[Any] = [len(parts)]
+    for part in parts:
+        flat += [part.A, part.B, part.scaling, part.weight.spec, part.weight.shape, *part.weight.tensors]
+    return flat
+
+
+_PER_PART = 5 + 6  # what _flatten writes a part
+
+
+def _unflatten(flat: tuple[Any, ...]) -> list[Part]:
+    parts = []
+    for i in range(flat[0]):
+        A, B, scaling, spec, shape, *tensors = flat[1 + _PER_PART * i : 1 + _PER_PART * (i + 1)]
+        parts.append(Part(Weight(tuple(tensors), spec, shape), A, B, scaling))
+    return parts
+
+
+def _tensors(*parts: Part) -> list[Tensor | None]:
+    return [tensor for part in parts for tensor in (part.A, part.B, *part.weight.tensors)]
+
+
+def _with_settings(saved: list[Any], settings: list[tuple[int, Any, Any, float]]) -> list[Part]:
+    parts, at = [], 0
+    for count, spec, shape, scaling in settings:
+        A, B, *tensors = saved[at : at + 2 + count]
+        parts.append(Part(Weight(tuple(tensors), spec, shape), A, B, scaling))
+        at += 2 + count
+    return parts
+
+
+def _gradients(part: Part, dA: Tensor, dB: Tensor) -> list[Any]:
+    return [dA.to(part.A.dtype), dB.to(part.B.dtype), *[None] * (_PER_PART - 2)]
+
+
+def _aligned(count: int) -> int:
+    return -(-count // _ALIGN) * _ALIGN
+
+
+def _padded(matrix: Tensor, rows: int) -> Tensor:
+    """``matrix`` with rows of zeros below, up to ``rows``."""
+    missing = rows - matrix.shape[0]
+    return matrix if missing == 0 else torch.cat([matrix, matrix.new_zeros(missing, matrix.shape[1])])
