@@ -51,21 +51,26 @@ def absmax_scales(weight: Tensor, fmt: Format, block_size: int) -> tuple[Tensor,
         if fmt.affine:
             low = blocks.amin(1).clamp_(max=0)  # zero stays in the range: a zero point must be in [0, unit]
             high = blocks.amax(1).clamp_(min=0)
-            scale = (high - low) / fmt.unit
+            scale = _over(high - low, fmt.unit)
             zeros.append(quantize_zeros(-low / scale.clamp(min=TINY), fmt))
         elif fmt.signed:
             largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).squeeze(1)
-            scale = largest / fmt.unit
+            scale = _over(largest, fmt.unit)
         else:
             largest = blocks.abs().amax(1)
             if short:
                 largest[-1].clamp_(min=TINY)
-            scale = largest / fmt.unit
+            scale = _over(largest, fmt.unit)
         scales.append(scale)
     if not scales:
         empty = torch.empty(0, device=flat.device)
         return empty, empty.to(torch.uint8) if fmt.affine else None
     return torch.cat(scales), torch.cat(zeros) if fmt.affine else None
+
+
+def _over(values: Tensor, unit: float) -> Tensor:
+    """True division: on CUDA torch multiplies by the rounded reciprocal of a number, but not of a tensor."""
+    return values / values.new_full((1,), unit)
 
 
 def quantize_zeros(zeros: Tensor, fmt: Format) -> Tensor:
