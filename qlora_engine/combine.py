@@ -31,6 +31,11 @@ class Factors:
     weight: float
 
     @property
+    def rank(self) -> int:
+        """The inner dimension, by group."""
+        return self.A.shape[1]
+
+    @property
     def coefficient(self) -> float:
         """What multiplies ``B @ A`` in the exact combination."""
         return self.weight * self.scaling
