@@ -6,10 +6,11 @@ import errno
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import metadata
@@ -30,6 +31,7 @@ from .report_html import write_html
 from .safetensors_io import TensorEntry, read_header, write_file
 from .serialise import model_config, rest_tensor
 from .solve import SolvedLayer, solve_layer
+from .targets import get_pattern_key
 from .workspace import Workspace
 
 ADAPTER_FOLDER = "loftq_init"
@@ -330,8 +332,10 @@ def adapter_config(plan: Plan, out: Path) -> LoraConfig:
         r=options.rank,
         lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # PEFT's annotation; any number works
         use_rslora=options.rslora,
-        rank_pattern=dict(options.rank_pattern),
-        alpha_pattern=dict(options.alpha_pattern),  # type: ignore[arg-type]
+        rank_pattern=_pattern(options.rank_pattern, options.rank, {ly.path: ly.rank for ly in adapted}),
+        alpha_pattern=_pattern(
+            options.alpha_pattern, options.lora_alpha, {ly.path: ly.alpha for ly in adapted}
+        ),
         target_modules=plan.target_modules,
         fan_in_fan_out=all(layer.module.kind == "conv1d" for layer in adapted),
         init_lora_weights=True,
@@ -340,3 +344,14 @@ def adapter_config(plan: Plan, out: Path) -> LoraConfig:
         auto_mapping=None if architecture.task else mapping,
         base_model_name_or_path=str(out),
     )
+
+
+def _pattern(given: Mapping[str, Any], default: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+    """``given`` where it still means ``wanted`` once its keys are sorted, as they are in the file; else full names.
+
+    The first key that matches wins, so sorting can change what overlapping patterns mean.
+    """
+    patterns = dict(sorted(given.items()))
+    if all(patterns.get(get_pattern_key(patterns, path), default) == value for path, value in wanted.items()):
+        return patterns
+    return {f"^{re.escape(path)}$": value for path, value in wanted.items() if value != default}

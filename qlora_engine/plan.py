@@ -315,6 +315,7 @@ def make_plan(checkpoint: Checkpoint, architecture: Architecture, options: InitO
         layers = _layers(modules, entries, specs, adapted, options)
     notes += [str(warning.message) for warning in caught[:1]]  # the same key would warn for every layer
     notes += _unused_patterns(options, [layer.path for layer in layers])
+    notes += _misread_note(layers) if save_format == "bnb" else []
     quantised = {module.path for module in modules}
     return Plan(
         checkpoint=checkpoint,
@@ -351,6 +352,18 @@ def _layers(
         rank = rank if path in adapted else 0
         layers.append(LayerPlan(index, module, entries[path], specs[path], rank, alpha, scaling))
     return tuple(layers)
+
+
+def _misread_note(layers: Sequence[LayerPlan]) -> list[str]:
+    """bitsandbytes' CPU kernels start a new block at each row of 16 n elements (measured with 0.50.2)."""
+    wrong = [ly for ly in layers if ly.module.shape[1] % 16 == 0 and ly.module.shape[1] % ly.spec.block_size]
+    if not wrong:
+        return []
+    return [
+        f"{len(wrong)} layers have rows that are no multiple of their block, e.g. '{wrong[0].path}': "
+        "bitsandbytes reads them wrongly on a CPU (not on a GPU); a --block-size that divides "
+        f"{wrong[0].module.shape[1]} avoids it"
+    ]
 
 
 def _unused_patterns(options: InitOptions, paths: Sequence[str]) -> list[str]:
