@@ -50,31 +50,23 @@ def original_weight(layer: LoraLayer) -> Tensor:
 
 @torch.no_grad()
 def add_adapters(weight: Tensor, layer: LoraLayer, names: Sequence[str]) -> Tensor:
-    """``weight`` (see ``original_weight``; it is used up) with what the adapters add to it.
+    """Change ``weight`` (see ``original_weight``) in place to what the layer with these adapters multiplies by.
 
-    A DoRA adapter adds ``(g - 1) W + g s B A`` with ``g = magnitude / norm`` by output row, which is what
-    forward() adds to the layer's output; several adapters' contributions add up, as they do there.
+    LoRA adds ``s B A``. DoRA makes ``g (W + s B A)`` of the weight before it, with ``g = magnitude / norm``
+    by output row and the norm that of the base plus this adapter alone: what forward() does to the output.
     """
-    rows = torch.ones((), dtype=weight.dtype, device=weight.device)  # factor of every output row of W
-    products: Tensor | None = None
     for name in names:
         A, B = (factor.to(weight.device, weight.dtype) for factor in layer.get_factors(name))
+        weight.add_(layer._delta(A, B), alpha=float(layer.scaling[name]))
         if layer.use_dora.get(name, False):
-            gain = dora_gain(layer, name).to(weight)  # (out,)
-            rows = rows + (gain - 1)
-            B = gain.unsqueeze(1) * B
-        product = layer._delta(A, B).mul(float(layer.scaling[name]))
-        products = product if products is None else products.add_(product)
-    if rows.dim():
-        weight.mul_(along_rows(layer, rows, weight))
-    return weight if products is None else weight.add_(products)
+            weight.mul_(along_rows(layer, dora_gain(layer, name).to(weight), weight))
+    return weight
 
 
 def dora_gain(layer: LoraLayer, name: str) -> Tensor:
-    """Magnitude over norm of the adapted weight, float32, (out,)."""
-    magnitude = layer.lora_magnitude_vector[name].weight.detach().float().reshape(-1)
-    norm = layer.weight_norm(name)
-    return magnitude / norm.to(magnitude.device)
+    """Magnitude over norm of the adapted weight, (out,), at least float32."""
+    magnitude = layer.lora_magnitude_vector[name].weight.detach().reshape(-1)
+    return magnitude / layer.weight_norm(name).to(magnitude.device)
 
 
 def along_rows(layer: LoraLayer, values: Tensor, weight: Tensor) -> Tensor:
@@ -134,9 +126,14 @@ def merged_bias(layer: LoraLayer, names: Sequence[str], *, safe_merge: bool = Fa
         raise RuntimeError(
             "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
         )
-    total = base.bias.detach().to(torch.promote_types(base.bias.dtype, torch.float32), copy=True)
-    for name in with_bias:
-        total += float(layer.scaling[name]) * layer.lora_B[name].bias.detach().to(total)
+    bias = base.bias.detach().to(torch.promote_types(base.bias.dtype, torch.float32))
+    added = torch.zeros_like(bias)
+    for name in names:
+        if name in with_bias:
+            added += float(layer.scaling[name]) * layer.lora_B[name].bias.detach().to(added)
+        elif layer.use_dora.get(name, False):
+            added *= dora_gain(layer, name).to(added)  # DoRA scales all that is there but the base's bias
+    total = bias + added
     if safe_merge and not torch.isfinite(total).all():
         raise ValueError(
             f"NaNs detected in the merged weights. The adapter {with_bias[-1]} seems to be broken"
