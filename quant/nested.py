@@ -10,6 +10,7 @@ Two layouts, both decoded by the same ``map[code] * nested_scale + offset`` (and
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,16 +51,28 @@ def ladder_map(lowest: float, device: torch.device | str = "cpu") -> Tensor:
     return torch.cat([-positive.flip(0), positive]).to(device)
 
 
-def double_quantize(scales: Tensor, *, signed: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class Nested(NamedTuple):
+    """Double-quantised scales.
+
+    Attributes:
+        codes: uint8 (n_blocks,).
+        scales: float32 (ceil(n_blocks / 256),), one for 256 codes.
+        offset: float32 ().
+        map: float32 (256,), the value of each code.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    offset: Tensor
+    map: Tensor
+
+
+def double_quantize(scales: Tensor, *, signed: bool = False) -> Nested:
     """Scales to 8-bit codes, nearest level, ties to the lower one.
 
     Args:
         scales: float32 (n_blocks,).
         signed: Use the layout for scales of either sign. The plain layout takes them too, but coarsely.
-
-    Returns:
-        codes uint8 (n_blocks,), nested_scales float32 (ceil(n_blocks / 256),), offset float32 (), and
-        map float32 (256,).
 
     The codes follow the exact nearest rule. bitsandbytes' CPU encoder uses a 65,536-cell table instead and
     differs from it (and from its own CUDA code) by one level in about 0.2 % of the codes.
@@ -75,11 +88,11 @@ def double_quantize(scales: Tensor, *, signed: bool = False) -> tuple[Tensor, Te
             ]
         )
         best = errors.argmin()  # stays on the device: no synchronisation
-        return torch.stack([codes for codes, _ in tried])[best], tried[0][1], offset, ladders[best]
+        return Nested(torch.stack([codes for codes, _ in tried])[best], tried[0][1], offset, ladders[best])
     offset = scales.mean() if scales.numel() else torch.zeros((), device=scales.device)
     mapping = dynamic_map(scales.device)
     codes, nested = _encode(scales - offset, mapping)
-    return codes, nested, offset, mapping
+    return Nested(codes, nested, offset, mapping)
 
 
 def double_dequantize(codes: Tensor, nested_scales: Tensor, offset: Tensor, mapping: Tensor) -> Tensor:

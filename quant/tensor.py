@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant import packing
+from quant import backends, packing
 from quant.backends import AUTO, lookup
-from quant.nested import double_dequantize, double_quantize
-from quant.scales import search_scales
+from quant.nested import Nested, double_dequantize, double_quantize
+from quant.scales import search_nested_scales, search_scales
 from quant.spec import NESTED_BLOCK_SIZE, QuantSpec
 
 SCALE_RULES = ("absmax", "mse", "signed-mse")
@@ -251,21 +251,17 @@ def quantize(
         codes, dense, zeros = torch.ops.quant.quantize(weight, spec.format, block_size, backend)
         zeros = zeros if fmt.affine else None
         _refuse_non_finite(dense, weight, name)
-        stored = _store(dense, spec, signed=fmt.signed)
+        nested = double_quantize(dense, signed=fmt.signed) if spec.double_quant else None
     else:
         signed = scales == "signed-mse" and not fmt.affine
         dense, zeros = search_scales(weight, spec, signed, importance)
         _refuse_non_finite(dense, weight, name)
-        stored = _store(dense, spec, signed=signed or fmt.signed)
-        if spec.double_quant:
-            dense = double_dequantize(*stored.values())
-        codes = lookup.encode(weight, fmt, block_size, dense, zeros)
-    return QuantizedTensor.from_state_dict(
-        {"codes": codes, **stored} | ({} if zeros is None else {"zeros": zeros}),
-        weight.shape,
-        weight.dtype,
-        spec,
-    )
+        nested = double_quantize(dense, signed=signed or fmt.signed) if spec.double_quant else None
+        if nested is not None:
+            nested = search_nested_scales(weight, spec, nested, zeros, importance)
+            dense = double_dequantize(*nested)
+        codes = _encode(weight, spec, dense, zeros)
+    return _assemble(codes, dense, nested, zeros, weight.shape, weight.dtype, spec)
 
 
 def encode(weight: Tensor, spec: QuantSpec, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
@@ -284,8 +280,15 @@ def encode(weight: Tensor, spec: QuantSpec, scales: Tensor, zeros: Tensor | None
         ValueError: scales or zeros of the wrong size, missing or not wanted.
     """
     _check_scales(weight.numel(), spec, scales, zeros)
-    packed = lookup.encode(weight.detach(), spec.fmt, spec.block_size, scales, zeros)
+    packed = _encode(weight.detach(), spec, scales, zeros)
     return packing.unpack(packed, spec.bits, weight.numel())
+
+
+def _encode(weight: Tensor, spec: QuantSpec, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """Packed nearest codes, by the device's own backend if it has an encoder, else by look-up."""
+    run = backends.extra(weight.device, spec.format, spec.block_size, "encode") or lookup.encode
+    packed: Tensor = run(weight, spec.fmt, spec.block_size, scales, zeros)
+    return packed
 
 
 def from_codes(
@@ -314,19 +317,25 @@ def from_codes(
     if codes.numel() != shape.numel():
         raise ValueError(f"{codes.numel()} codes for a weight of shape {tuple(shape)}")
     _check_scales(shape.numel(), spec, scales, zeros)
-    stored = _store(scales, spec, signed=spec.double_quant and bool((scales < 0).any()))
-    tensors = {"codes": packing.pack(codes, spec.bits, fill=spec.fmt.zero_code), **stored}
-    if zeros is not None:
-        tensors["zeros"] = zeros
-    return QuantizedTensor.from_state_dict(tensors, shape, dtype, spec)
+    nested = double_quantize(scales, signed=bool((scales < 0).any())) if spec.double_quant else None
+    packed = packing.pack(codes, spec.bits, fill=spec.fmt.zero_code)
+    return _assemble(packed, scales, nested, zeros, shape, dtype, spec)
 
 
-def _store(scales: Tensor, spec: QuantSpec, *, signed: bool) -> dict[str, Tensor]:
-    """Dense scales to the tensors that hold them, in the order of ``double_dequantize``'s arguments."""
-    if not spec.double_quant:
-        return {"scales": scales}
-    names = ("scales", "nested_scales", "nested_offset", "nested_map")
-    return dict(zip(names, double_quantize(scales, signed=signed), strict=True))
+def _assemble(
+    packed: Tensor,
+    scales: Tensor,
+    nested: Nested | None,
+    zeros: Tensor | None,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    spec: QuantSpec,
+) -> QuantizedTensor:
+    if nested is None:
+        return QuantizedTensor(packed, scales, zeros, None, None, None, shape, dtype, spec)
+    return QuantizedTensor(
+        packed, nested.codes, zeros, nested.scales, nested.offset, nested.map, shape, dtype, spec
+    )
 
 
 def _check_scales(numel: int, spec: QuantSpec, scales: Tensor, zeros: Tensor | None) -> None:

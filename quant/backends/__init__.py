@@ -7,8 +7,8 @@ asked for. The operators are opaque to torch.compile:
 - ``torch.ops.quant.quantize(weight, format, block_size, backend)``: absmax rule; packed codes uint8, scales
   float32 (n_blocks,), zeros uint8 (n_blocks,), empty where the format isn't affine.
 - ``torch.ops.quant.dequantize(codes, scales, zeros, nested_scales, nested_offset, nested_map, format,
-  block_size, start, shape, dtype, backend)``: elements start ... start + prod(shape) as a new tensor. ``scales``
-  is float32 (n_blocks,), or uint8 codes where the three nested tensors are given.
+  block_size, start, shape, dtype, backend)``: elements start ... start + prod(shape) as a new tensor.
+  ``scales`` is float32 (n_blocks,), or uint8 codes where the three nested tensors are given.
 - ``torch.ops.quant.dequantize_into(out, ...)``: the same into ``out``, which gives shape and dtype.
 """
 
@@ -146,8 +146,8 @@ def decode(
     module.dequantize(codes, scales, zeros, fmt, block_size, start, out)
 
 
-# The operators. Schemas by hand and no autograd key: the wrapper of torch.library.custom_op takes three times as
-# long as decoding a small tile does.
+# The operators. Schemas by hand and no autograd key: the wrapper of torch.library.custom_op takes three times
+# as long as decoding a small tile does.
 
 
 def _quantize(weight: Tensor, format: str, block_size: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:

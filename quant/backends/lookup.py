@@ -43,7 +43,7 @@ class _Cells(NamedTuple):
 
     ``thresholds`` float32 (n_cells,) and ``ranks`` uint8 (n_cells,): the cell's threshold (inf: none) and how
     many lie below the cell. ``pairs`` and ``pair_ranks`` (256 * n_cells,): the same for two neighbours, by
-    cell + 256 * next cell: two float32 as one int64, two uint8 as one int16; empty if there are too many cells.
+    cell + 256 * next cell: two float32 as one int64, two uint8 as one int16; empty if cells are many.
     """
 
     per_unit: float
@@ -88,7 +88,7 @@ def _cells(name: str, device: torch.device) -> _Cells:
         )
 
 
-class _Encoder:
+class Encoder:
     """Buffers and tables that encode up to ``chunk`` elements at a time."""
 
     def __init__(self, fmt: Format, device: torch.device, chunk: int) -> None:
@@ -100,16 +100,17 @@ class _Encoder:
         self.x = torch.empty(chunk, device=device)
         self.y = torch.empty(chunk, device=device)
         self.index = torch.empty(chunk, dtype=torch.int32, device=device)
-        self.codes = torch.empty(chunk, dtype=torch.uint8, device=device)
+        self.code = torch.empty(chunk, dtype=torch.uint8, device=device)
         self.above = torch.empty(chunk, dtype=torch.bool, device=device)
 
     def encode(self, numel: int, out: Tensor) -> None:
         """Pack the codes of ``self.x[:numel]``, in units of the levels, into ``out``; spoils x and y."""
-        _pack(self._codes(numel), self.fmt.bits, self.index.view(torch.uint8), out)
+        _pack(self.codes(numel), self.fmt.bits, self.index.view(torch.uint8), out)
 
-    def _codes(self, numel: int) -> Tensor:
+    def codes(self, numel: int) -> Tensor:
+        """The codes of ``self.x[:numel]`` in units of the levels, uint8, a buffer; spoils x and y."""
         x, y, index = self.x[:numel], self.y[:numel], self.index[:numel]
-        codes, above = self.codes[:numel], self.above[:numel]
+        codes, above = self.code[:numel], self.above[:numel]
         if self.cells is None:  # the levels are consecutive integers: round half down, without a table
             torch.floor(x, out=y)
             y.add_(0.5)
@@ -160,7 +161,7 @@ def _encode(
     packed = torch.empty(packed_bytes(flat.numel(), fmt.bits), dtype=torch.uint8, device=flat.device)
     whole = flat.numel() - flat.numel() % block_size
     chunk = min(_CHUNK.get(flat.device.type, _CHUNK_ELSEWHERE), whole)
-    encoder = _Encoder(fmt, flat.device, chunk) if whole else None
+    encoder = Encoder(fmt, flat.device, chunk) if whole else None
     for start in range(0, whole, chunk or 1):
         assert encoder is not None
         stop = min(start + chunk, whole)
@@ -178,7 +179,7 @@ def _encode(
             torch.abs(piece, out=y)
             torch.amax(y, 1, out=scales[here])
             if fmt.unit != 1:
-                scales[here] /= fmt.unit
+                scales[here] /= scales.new_full((1,), fmt.unit)  # on CUDA a number would be multiplied
         torch.mul(piece, reference.away_from_zero(scales[here]).reciprocal_()[:, None], out=x)
         if zero is not None:
             x.add_(reference.dense_zeros(zero, fmt)[:, None])
