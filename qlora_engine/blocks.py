@@ -127,6 +127,21 @@ def prepared(model: Any) -> Iterator[None]:
             model.set_experts_implementation(experts)
 
 
+def run_model(model: Any, ids: Tensor, *, part: Any = None) -> Any:
+    """The output of ``model``, or of ``part`` of it, for token ids (batch, n).
+
+    An encoder-decoder reads the first half of each window and writes the second.
+    """
+    runner = model if part is None else part
+    config = getattr(model, "config", None)
+    if config is None:
+        return runner(ids)
+    if getattr(config, "is_encoder_decoder", False):
+        middle = ids.shape[1] // 2
+        return runner(input_ids=ids[:, :middle], decoder_input_ids=ids[:, middle:])
+    return runner(input_ids=ids)
+
+
 def make_batches(windows: Iterable[Tensor], batch_size: int, model: Any) -> Iterator[Tensor]:
     """Stack runs of windows of one length: int64 (batch, n), without padding.
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qlora_engine.blocks import NotSequential, make_batches, prepared
+from qlora_engine.blocks import NotSequential, make_batches, prepared, run_model
 from qlora_engine.blockwise import means, walk_blocks
 from qlora_engine.calibration_result import (
     Calibration,
@@ -172,7 +172,6 @@ def _run_whole(
     inside = set(map(id, runner.modules()))
     if any(id(target.module) not in inside for target in targets.values()):
         runner = model
-    halves = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     batches = list(make_batches(texts, batch_size, model))
     observer = Observer(targets, max_full_width=max_full_width)
     with prepared(model), torch.no_grad():
@@ -183,13 +182,7 @@ def _run_whole(
                 for n, ids in enumerate(batches):
                     observer.start()
                     ids = ids.to(device if device is not None else home)
-                    if halves:
-                        middle = ids.shape[1] // 2
-                        runner(input_ids=ids[:, :middle], decoder_input_ids=ids[:, middle:])
-                    elif hasattr(model, "config"):
-                        runner(input_ids=ids)
-                    else:
-                        runner(ids)
+                    run_model(model, ids, part=runner)
                     if progress is not None:
                         progress(n + 1, len(batches), "windows")
         finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -229,17 +229,13 @@ class Observer:
 
     def __enter__(self) -> Observer:
         stack = ExitStack()
-        experts: dict[int, tuple[Target, Tensor]] = {}
         for target in self.targets.values():
-            if target.kind == "expert":
-                weight = target.weight
-                if weight is not None and not weight.is_meta:
-                    experts[weight.data_ptr()] = (target, weight)
-            else:
+            if target.kind != "expert":
                 hook = target.module.register_forward_pre_hook(self._hook(target), with_kwargs=True)
                 stack.callback(hook.remove)
+        experts = ExpertProducts(self.targets.values(), self._see_expert)
         if experts:
-            stack.enter_context(_ExpertProducts(self, experts))
+            stack.enter_context(experts)
         self._entered = stack
         return self
 
@@ -276,6 +272,10 @@ class Observer:
                 self.see(target, x)
 
         return see
+
+    def _see_expert(self, target: Target, x: Tensor, _: Tensor) -> None:
+        if self.active:
+            self.see(target, x)
 
     def see(self, target: Target, x: Tensor) -> None:
         """``target`` is being fed ``x``, (..., in), or ids of any shape for an embedding."""
@@ -344,27 +344,41 @@ class Observer:
                 self.groups[name] = other
 
 
-class _ExpertProducts(TorchFunctionMode):
-    """Sees the products with slices of stacked experts: their modules call no layer that could be hooked."""
+class ExpertProducts(TorchFunctionMode):
+    """Context manager that sees the products with slices of stacked experts, which no module's hook could.
 
-    def __init__(self, observer: Observer, experts: Mapping[int, tuple[Target, Tensor]]) -> None:
+    Args:
+        targets: Those that are not experts, or whose weights are not loaded, are left out.
+        see: Called with a target, the inputs (n, in) that were routed to it and their outputs (n, out).
+    """
+
+    def __init__(self, targets: Iterable[Target], see: Callable[[Target, Tensor, Tensor], None]) -> None:
         super().__init__()
-        self._observer = observer
-        self._experts = experts
+        self._see = see
+        self._experts: dict[int, tuple[Target, torch.Size]] = {}
+        for target in targets:
+            weight = target.weight
+            if target.kind == "expert" and weight is not None and not weight.is_meta:
+                self._experts[weight.data_ptr()] = (target, weight.shape)
+
+    def __bool__(self) -> bool:
+        return bool(self._experts)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _EXPERT_PRODUCTS and self._observer.active and not kwargs and len(args) >= 2:
-            self._look(args[0], args[1])
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        if func in _EXPERT_PRODUCTS and not kwargs and len(args) >= 2:
+            self._look(args[0], args[1], output)
+        return output
 
-    def _look(self, x: Tensor, weight: Tensor) -> None:
+    def _look(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
         if weight.is_meta or weight.data_ptr() not in self._experts:
             return
-        target, slice_ = self._experts[weight.data_ptr()]
-        if weight.ndim == 2 and set(weight.shape) == set(slice_.shape):
-            self._observer.see(target, x)
-        elif weight.ndim == 3 and x.ndim == 3 and weight.shape[1:] == slice_.shape:
+        target, shape = self._experts[weight.data_ptr()]
+        if weight.ndim == 2 and set(weight.shape) == set(shape):
+            self._see(target, x, output)
+        elif weight.ndim == 3 and x.ndim == 3 and weight.shape[1:] == shape:
             # One batched product over all experts (Llama 4); tokens that are not routed to one are zero rows.
-            for inputs, slice_of in zip(x, weight):
-                if slice_of.data_ptr() in self._experts:
-                    self._observer.see(self._experts[slice_of.data_ptr()][0], inputs[inputs.any(-1)])
+            for inputs, slice_, outputs in zip(x, weight, output):
+                if slice_.data_ptr() in self._experts:
+                    routed = inputs.any(-1)
+                    self._see(self._experts[slice_.data_ptr()][0], inputs[routed], outputs[routed])
