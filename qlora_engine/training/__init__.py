@@ -1,0 +1,1 @@
+"""Fine-tuning on transformers' Trainer: data, loss without full logits, recompute budget, resumable runs."""

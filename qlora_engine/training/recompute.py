@@ -1,0 +1,245 @@
+"""How many decoder layers have to be computed twice so that a training step fits into memory.
+
+Checkpointing a layer keeps its input alone and computes the rest again in backward: a third more time for all
+layers. So as few layers as needed are checkpointed, decided before training from sizes measured on the
+model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_engine.errors import InputError
+from quant.linear import QuantizedModule
+
+from .loss import CHUNK_ROWS
+
+_PROBE_TOKENS = 128  # what a layer keeps is proportional to tokens; measured on so many
+MARGIN = 0.92  # of the memory: the rest is for fragmentation and library workspaces
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a training step, by what they are for.
+
+    Attributes:
+        layers: Decoder layers.
+        recomputed: How many of them are checkpointed.
+        weights: Parameters and buffers of the frozen model.
+        adapter: Trained parameters, their gradients and the optimizer's state.
+        activations: What the layers keep for backward, recomputed ones their input only, and one layer's
+            worth while it is computed again.
+        loss: Logits of one chunk, and the hidden states' gradient.
+        workspace: The largest weight, decoded.
+        per_layer: Kept by one layer that is not recomputed.
+        available: The budget; 0 where there is none.
+    """
+
+    layers: int
+    recomputed: int
+    weights: int
+    adapter: int
+    activations: int
+    loss: int
+    workspace: int
+    per_layer: int
+    available: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.adapter + self.activations + self.loss + self.workspace
+
+    def lines(self) -> list[str]:
+        """For people."""
+        rows = [
+            ("model", self.weights),
+            ("adapter, gradients, optimizer", self.adapter),
+            (f"activations, {self.recomputed} of {self.layers} layers recomputed", self.activations),
+            ("loss", self.loss),
+            ("decoded weight", self.workspace),
+            ("in all", self.total),
+        ]
+        if self.available:
+            rows.append(("available", self.available))
+        return [f"{name:48s} {size / 2**30:8.2f} GiB" for name, size in rows]
+
+    def to_json(self) -> dict[str, int]:
+        """Every figure by name."""
+        return asdict(self) | {"total": self.total}
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that transformers can checkpoint, in order; empty where the model has none."""
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "gradient_checkpointing") and _is_layer(module)
+    ]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return isinstance(module, GradientCheckpointingLayer)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that a step may take on a GPU, what the model takes already included; 0 on a CPU: no budget."""
+    if device.type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return int((free + torch.cuda.memory_reserved(device)) * MARGIN)
+
+
+def plan(
+    model: nn.Module,
+    *,
+    batch_size: int,
+    length: int,
+    recompute: str | int = "auto",
+    available: int | None = None,
+    optimizer_bytes: int = 8,
+) -> MemoryPlan:
+    """Measure the model and choose.
+
+    Args:
+        model: On its device, adapters attached.
+        batch_size: Sequences of a step.
+        length: Tokens of a sequence.
+        recompute: "none", "full", a number of layers, or "auto": as few as ``available`` allows.
+        available: Bytes; None: the device's.
+        optimizer_bytes: Of optimizer state a trained parameter; 8: AdamW in float32.
+
+    Raises:
+        InputError: recompute is none of these, or "auto" finds that nothing fits.
+    """
+    layers = decoder_layers(model)
+    device = next(model.parameters()).device
+    available = available_memory(device) if available is None else available
+    tokens = batch_size * length
+    kept, passed_on = _measure(model, layers, min(length, _PROBE_TOKENS)) if layers else (0.0, 0.0)
+    frozen = sum(t.nbytes for t in [*model.parameters(), *model.buffers()] if not t.requires_grad)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adapter = sum(2 * p.nbytes + optimizer_bytes * p.numel() for p in trained)
+    text = unwrapped(model).config.get_text_config()
+    vocabulary, hidden = getattr(text, "vocab_size", 0), getattr(text, "hidden_size", 0)
+    loss = 3 * 4 * min(tokens, CHUNK_ROWS) * vocabulary + int(2 * tokens * hidden * 4)
+    decoded = [m.shape.numel() * 4 for m in model.modules() if isinstance(m, QuantizedModule)]
+    workspace = max(decoded, default=0) // (1 if device.type == "cpu" else 2)
+
+    def with_recomputed(count: int) -> MemoryPlan:
+        activations = tokens * (kept * (len(layers) - count) + passed_on * count + kept * (count > 0))
+        return MemoryPlan(
+            layers=len(layers),
+            recomputed=count,
+            weights=frozen,
+            adapter=adapter,
+            activations=int(activations),
+            loss=loss,
+            workspace=workspace,
+            per_layer=int(kept * tokens),
+            available=available,
+        )
+
+    if recompute == "none":
+        return with_recomputed(0)
+    if recompute == "full":
+        return with_recomputed(len(layers))
+    if recompute != "auto":
+        count = int(recompute)
+        if not 0 <= count <= len(layers):
+            raise InputError(
+                f"recompute {count} of {len(layers)} layers; allowed: 0 to {len(layers)}, none, full, auto"
+            )
+        return with_recomputed(count)
+    if not available:
+        return with_recomputed(0)
+    for count in range(len(layers) + 1):
+        if with_recomputed(count).total <= available:
+            return with_recomputed(count)
+    least = with_recomputed(len(layers))
+    raise InputError(
+        f"a step needs {least.total / 2**30:.2f} GiB with every layer recomputed, {available / 2**30:.2f} "
+        "GiB are there; lower --batch-size or --max-length, or use fewer --bits"
+    )
+
+
+def apply(model: nn.Module, recomputed: int) -> None:
+    """Checkpoint the last ``recomputed`` decoder layers, and no other.
+
+    The last ones: backward reaches them first, while the others' activations are all still there, and
+    frees theirs.
+    """
+    base = unwrapped(model)
+    layers = decoder_layers(model)
+    if recomputed:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index >= len(layers) - recomputed  # type: ignore[assignment]
+
+
+def _measure(model: nn.Module, layers: list[nn.Module], tokens: int) -> tuple[float, float]:
+    """Bytes a token that a decoder layer keeps for backward, and that its input takes; means over the
+    layers."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    sizes: list[int] = []
+    inputs: list[int] = []
+    stack: list[ExitStack] = []
+
+    @contextmanager
+    def counting() -> Iterator[None]:
+        seen: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+        sizes.append(sum(seen.values()))
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = args[0] if args else kwargs["hidden_states"]
+        inputs.append(first.nbytes)
+        stack.append(ExitStack())
+        stack[-1].enter_context(counting())
+
+    def leave(*_: Any) -> None:
+        stack.pop().close()
+
+    device = next(model.parameters()).device
+    base = unwrapped(model)
+    backbone = getattr(base, getattr(base, "base_model_prefix", ""), base)
+    embedding = base.get_input_embeddings()
+    ids = torch.zeros((1, tokens), dtype=torch.long, device=device)
+    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    handles += [layer.register_forward_hook(leave) for layer in layers]
+    training = model.training
+    model.train()
+    apply(model, 0)
+    # as in a run: the first layer's input needs no gradient in itself, the following ones' do
+    handles.append(
+        embedding.register_forward_hook(lambda *a: a[2].requires_grad_() if a[2].is_leaf else a[2])
+    )
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            backbone(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    return sum(sizes) / len(sizes) / tokens, sum(inputs) / len(inputs) / tokens

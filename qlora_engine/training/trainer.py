@@ -1,0 +1,85 @@
+"""transformers' Trainer with adapter checkpoints that a killed run can trust, and LoRA+ learning rates."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from qlora_engine.adapter_state import load_peft_weights, set_peft_model_state_dict
+from qlora_engine.files import write_json
+
+COMPLETE = "complete.json"  # written last: a checkpoint folder without it was cut off
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in ``folder``; cut-off ones are removed."""
+    found: list[tuple[int, Path]] = []
+    for path in sorted(folder.glob("checkpoint-*")) if folder.is_dir() else []:
+        step = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if step is None or not path.is_dir():
+            continue
+        if (path / COMPLETE).is_file():
+            found.append((int(step[1]), path))
+        else:
+            shutil.rmtree(path)
+    return max(found)[1] if found else None
+
+
+class AdapterTrainer(Trainer):
+    """Saves and restores the adapter alone, and marks a checkpoint when all of it is on disk.
+
+    Args:
+        lora_plus_ratio: Learning rate of B over that of A (Hayou et al. 2024, arXiv:2402.12354); None: 1.
+        kwargs: Trainer's.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(self, *, lora_plus_ratio: float | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.lora_plus_ratio = lora_plus_ratio
+        self.tokens = 0  # of this session's forwards, padding of unpacked rows not counted
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with the tokens counted."""
+        mask = inputs.get("attention_mask")
+        self.tokens += inputs["input_ids"].numel() if mask is None or mask.is_cuda else int(mask.sum())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's, with B's parameters in a group of their own where LoRA+ is asked for."""
+        if self.optimizer is None and self.lora_plus_ratio is not None:
+            trained = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            fast = [p for n, p in trained if "lora_B" in n or "lora_embedding_B" in n]
+            slow = [p for n, p in trained if not ("lora_B" in n or "lora_embedding_B" in n)]
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            decay = self.args.weight_decay
+            groups = [
+                {"params": slow, "weight_decay": decay},
+                {"params": fast, "weight_decay": decay, "lr": self.args.learning_rate * self.lora_plus_ratio},
+            ]
+            self.optimizer = kind([group for group in groups if group["params"]], **options)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self.model.save_pretrained(output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            write_json(folder / COMPLETE, {"step": self.state.global_step})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        weights = load_peft_weights(resume_from_checkpoint, device="cpu")
+        set_peft_model_state_dict(model or self.model, weights)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -1,0 +1,80 @@
+"""The recompute budget: what is measured, what is chosen, and that gradients do not depend on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_engine.errors import InputError
+from qlora_engine.training import recompute
+
+
+@pytest.fixture
+def model(make_model: Any) -> Any:
+    from qlora_engine import LoftQConfig, LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=4,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        init_lora_weights="loftq",
+        loftq_config=LoftQConfig(loftq_bits=4),
+    )
+    return get_peft_model(make_model("llama"), config)
+
+
+def planned(model: Any, **options: Any) -> recompute.MemoryPlan:
+    return recompute.plan(model, batch_size=2, length=64, **options)
+
+
+def test_activations_are_what_the_layers_save(model: Any) -> None:
+    none, full = planned(model, recompute="none"), planned(model, recompute="full")
+    assert none.layers == len(recompute.decoder_layers(model)) > 1
+    assert none.recomputed == 0
+    assert full.recomputed == none.layers
+    # at the least what every product of a layer keeps: the inputs of seven Linears, float32, 128 tokens
+    config = model.get_base_model().config
+    inputs = 4 * 2 * 64 * (3 * config.hidden_size + config.intermediate_size)
+    assert none.per_layer > inputs
+    assert none.activations == pytest.approx(none.layers * none.per_layer, rel=1e-6)
+    assert full.activations < none.activations
+    measured = recompute.plan(model, batch_size=4, length=64, recompute="none")
+    assert measured.per_layer == pytest.approx(2 * none.per_layer, rel=1e-6)
+
+
+def test_auto_recomputes_as_few_layers_as_the_budget_needs(model: Any) -> None:
+    totals = [planned(model, recompute=n).total for n in range(planned(model).layers + 1)]
+    assert planned(model, recompute="auto", available=max(totals)).recomputed == 0
+    for available in {*totals, max(totals) + 1}:
+        chosen = planned(model, recompute="auto", available=available)
+        assert chosen.total <= available
+        assert all(total > available for total in totals[: chosen.recomputed])
+
+
+def test_too_small_a_budget_names_the_options_to_change(model: Any) -> None:
+    with pytest.raises(InputError, match=r"--batch-size or --max-length"):
+        planned(model, recompute="auto", available=1000)
+    with pytest.raises(InputError, match="allowed: 0 to"):
+        planned(model, recompute=99)
+
+
+def test_apply_checkpoints_the_last_layers_and_changes_no_gradient(model: Any) -> None:
+    ids = torch.arange(30).reshape(2, 15)
+
+    def gradients(count: int) -> list[torch.Tensor]:
+        recompute.apply(model, count)
+        flags = [bool(layer.gradient_checkpointing) for layer in recompute.decoder_layers(model)]
+        assert flags == [False] * (len(flags) - count) + [True] * count
+        if count:
+            model.get_base_model().enable_input_require_grads()
+        model.train()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    want = gradients(0)
+    for count in (1, 2):
+        for a, b in zip(gradients(count), want, strict=True):
+            torch.testing.assert_close(a, b)

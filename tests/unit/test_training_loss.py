@@ -1,0 +1,78 @@
+"""The chunked cross entropy against torch's, and where a model's own loss is replaced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qlora_engine.training import loss as module
+from qlora_engine.training.loss import chunked_cross_entropy, use_chunked_loss
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_equals_torch(
+    rows: int, biased: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_ROWS", 16)
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, 12, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(50, 12, generator=generator, dtype=torch.float64)
+    bias = torch.randn(50, generator=generator, dtype=torch.float64) if biased else None
+    targets = torch.randint(50, (rows,), generator=generator)
+    targets[rows // 2 :: 3] = -100
+    got = chunked_cross_entropy(hidden, weight, targets, bias, softcap)
+    logits = F.linear(hidden, weight, bias)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    want = F.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    (a,) = torch.autograd.grad(3 * got, hidden)
+    (b,) = torch.autograd.grad(3 * want, hidden)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_no_labels_at_all_is_zero() -> None:
+    hidden = torch.randn(4, 8, requires_grad=True)
+    total = chunked_cross_entropy(hidden, torch.randn(9, 8), torch.full((4,), -100))
+    total.backward()
+    assert float(total.detach()) == 0.0
+    assert torch.equal(hidden.grad, torch.zeros(4, 8))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_model_loss_and_gradients_are_the_models_own(name: str, make_model: Any) -> None:
+    from qlora_engine import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = get_peft_model(make_model(name), config).eval()
+    ids = torch.randint(3, 300, (2, 20))
+    labels = ids.clone()
+    labels[:, :6] = -100
+
+    def run() -> tuple[Any, list[torch.Tensor]]:
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    want, want_gradients = run()
+    assert use_chunked_loss(model)
+    got, gradients = run()
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    for a, b in zip(gradients, want_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    with torch.no_grad():
+        assert model(input_ids=ids).logits.shape == (2, 20, model.get_base_model().config.vocab_size)
+        counted = model(input_ids=ids, labels=labels, num_items_in_batch=7).loss
+    torch.testing.assert_close(counted * 7, got * (2 * 14), rtol=1e-5, atol=1e-5)
+
+
+def test_a_trained_head_keeps_the_models_loss(make_model: Any) -> None:
+    model = make_model("llama")
+    model.get_output_embeddings().weight.requires_grad_(True)
+    assert not use_chunked_loss(model)
