@@ -7,6 +7,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from .files import write_text
 from .report import LayerReport, RunReport
@@ -14,6 +15,30 @@ from .report_table import facts, human_bytes, human_width, report_method
 
 HTML_FILE = "report.html"
 _HEADINGS = ("layer", "shape", "format", "bits", "rank", "plain error", "error", "change", "seconds", "bytes")
+
+
+def fill(template: str, **values: str) -> str:
+    """A page of the templates folder with its values, the shared style and the shared plots put in."""
+    folder = resources.files("qlora_engine").joinpath("templates")
+    page, style, plot = (
+        folder.joinpath(name).read_text(encoding="utf-8") for name in (template, "style.css", "plot.js")
+    )
+    return Template(page).substitute(values, style=style, plot=plot)
+
+
+def script_data(values: Any) -> str:
+    """JSON for a script element, which no text inside it can end."""
+    return json.dumps(values).replace("<", "\\u003c")
+
+
+def command_box(command: str) -> str:
+    """The command line that made the page, with a button that copies it; nothing for an empty one."""
+    if not command:
+        return ""
+    return (
+        f'<div class="command"><code id="command">{escape(command)}</code>'
+        '<button id="copy" type="button">copy</button></div>'
+    )
 
 
 def _card(value: str, label: str) -> str:
@@ -63,26 +88,20 @@ def render(report: RunReport) -> str:
     """The page. Everything that comes from the model or the user is escaped."""
     wanted = ("name", "error_plain", "error", "trace")
     drawn = [{name: getattr(layer, name) for name in wanted} for layer in report.layers]
-    command = notes = ""
-    if report.command:
-        command = (
-            f'<div class="command"><code id="command">{escape(report.command)}</code>'
-            '<button id="copy" type="button">copy</button></div>'
-        )
+    notes = ""
     if report.notes:
         notes = f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in report.notes)}</ul>"
-    page = resources.files("qlora_engine").joinpath("templates/report.html").read_text(encoding="utf-8")
-    return Template(page).substitute(
+    return fill(
+        "report.html",
         title=escape(f"{report.model}: {report_method(report)}"),
         subtitle=escape("; ".join(f"{label} {text}" for label, text in facts(report))),
         cards=_cards(report),
-        command=command,
+        command=command_box(report.command),
         notes=notes,
         headings="".join(f"<th>{heading}</th>" for heading in _HEADINGS),
         rows="\n".join(map(_row, report.layers)),
         versions=escape(", ".join(f"{name} {version}" for name, version in report.versions.items())),
-        # "</script>" in a layer's name must not end the element
-        data=json.dumps({"layers": drawn}).replace("<", "\\u003c"),
+        data=script_data({"layers": drawn}),
     )
 
 
