@@ -50,7 +50,7 @@ def original_weight(layer: LoraLayer) -> Tensor:
 
 @torch.no_grad()
 def add_adapters(weight: Tensor, layer: LoraLayer, names: Sequence[str]) -> Tensor:
-    """Change ``weight`` (see ``original_weight``) in place to what the layer with these adapters multiplies by.
+    """Change ``weight`` (see ``original_weight``) in place to what the adapted layer multiplies by.
 
     LoRA adds ``s B A``. DoRA makes ``g (W + s B A)`` of the weight before it, with ``g = magnitude / norm``
     by output row and the norm that of the base plus this adapter alone: what forward() does to the output.
