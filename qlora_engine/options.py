@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from quant.tensor import SCALE_RULES
 
 from . import inits
 from .checkpoint import parse_size
-from .errors import InputError
+from .errors import InputError, did_you_mean
 from .lowrank import SVD_METHODS
 
 FORMAT_OF_BITS = {2: "nf2", 3: "nf3", 4: "nf4", 8: "int8"}
@@ -25,12 +24,6 @@ DTYPES = ("auto", "float16", "bfloat16", "float32")
 def init_methods() -> list[str]:
     """The initialisations that quantise the base and need no calibration."""
     return [name for name in inits.names() if inits.get(name).quantizes and not inits.get(name).needs_hessian]
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` where something known is near, else nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def choice(option: str, value: str, allowed: Iterable[str]) -> str:

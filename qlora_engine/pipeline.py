@@ -347,7 +347,7 @@ def adapter_config(plan: Plan, out: Path) -> LoraConfig:
 
 
 def _pattern(given: Mapping[str, Any], default: Any, wanted: dict[str, Any]) -> dict[str, Any]:
-    """``given`` where it still means ``wanted`` once its keys are sorted, as they are in the file; else full names.
+    """``given`` where sorting its keys, as the file does, leaves its meaning; else full names.
 
     The first key that matches wins, so sorting can change what overlapping patterns mean.
     """

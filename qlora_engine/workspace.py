@@ -55,14 +55,14 @@ class Workspace:
 
     @classmethod
     def tidy(cls, out: Path) -> None:
-        """Finish or undo an exchange that was cut off; otherwise nothing.
+        """Finish or undo what a run was doing when it was cut off after its output was whole; else nothing.
 
         Raises:
             InputError: another process works on ``out``.
         """
         out = Path(os.path.realpath(out))
         root = cls.folder_for(out)
-        if (root / "replaced").exists():
+        if root.exists():
             workspace = cls(out, root, Lock(root / "lock", out))
             workspace._recover()
             workspace.close(remove=not (root / RUN_FILE).exists())
@@ -100,15 +100,13 @@ class Workspace:
         return workspace
 
     def _recover(self) -> None:
-        """Finish or undo an exchange of the old output for the new one that was cut off."""
+        """Undo an exchange of old and new output that was cut off; clear up after a finished one."""
         replaced = self.root / "replaced"
-        if not replaced.exists():
-            return
-        if not self.out.exists():
+        if replaced.exists() and not self.out.exists():
             os.rename(replaced, self.out)
             sync_folder(self.out.parent)
-        else:  # the new one is in its place
-            self._clear()
+        elif replaced.exists() or not (self.result.exists() or self.is_done):
+            self._clear()  # the new one is in its place
 
     def _begin(self, run: dict[str, Any], *, overwrite: bool, resume: bool) -> None:
         file = self.root / RUN_FILE
@@ -198,7 +196,7 @@ def check_output(out: Path, *, overwrite: bool) -> None:
             raise InputError(f"{out} exists and is not a folder")
         if not overwrite and not _is_empty(out):
             raise InputError(
-                f"{out} exists and is not empty; choose another folder, or --overwrite to replace it"
+                f"{out} exists and is not empty; give another folder, or --overwrite to replace it"
             )
         if os.path.ismount(out):
             raise InputError(

@@ -14,8 +14,7 @@ from typing import Any, NoReturn, TextIO
 import click
 from rich.console import Console
 
-from qlora_engine.errors import InputError
-from qlora_engine.options import did_you_mean
+from qlora_engine.errors import InputError, did_you_mean
 
 INTERRUPTED = 130  # as a shell reports SIGINT
 _NAMES = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-,")
