@@ -101,7 +101,7 @@ def double_dequantize(codes: Tensor, nested_scales: Tensor, offset: Tensor, mapp
     whole = values.numel() - values.numel() % BLOCK
     values[:whole].view(-1, BLOCK).mul_(nested_scales[: whole // BLOCK, None])
     if whole < values.numel():
-        values[whole:].mul_(nested_scales[-1])
+        values[whole:].mul_(nested_scales[whole // BLOCK])
     return values.add_(offset)
 
 

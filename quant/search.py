@@ -119,7 +119,7 @@ class _Workspace:
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """The blocks' numbers, their absmax scales and zeros; ``v``, ``h`` and ``hv`` become theirs."""
         flat, block_size = self.flat, self.block_size
-        for start in range(0, flat.numel(), self.size):
+        for start in range(0, flat.numel(), self.size or 1):
             piece = flat[start : start + self.size]
             stop = start + piece.numel()
             base, zeros = reference.absmax_scales(piece, self.fmt, block_size)
