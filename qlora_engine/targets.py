@@ -146,7 +146,9 @@ def find_minimal_target_modules(targets: Iterable[str], others: Iterable[str]) -
     if "" in targets:
         raise ValueError("target_modules should not contain an empty string.")
     if not targets.isdisjoint(others):
-        raise ValueError("target_modules and other_module_names contain common elements")
+        raise ValueError(
+            "target_modules and other_module_names contain common elements, which cannot be told apart"
+        )
 
     def suffixes(name: str) -> list[str]:
         parts = name.split(".")
