@@ -67,9 +67,9 @@ class Candidate:
         return solved.base.dequantize(torch.float32) + solved.B.float() @ solved.A.float()
 
 
-def candidates(suite: str, *, block_size: int, peft: bool) -> Iterator[Candidate]:
+def candidates(suite: str, formats: list[str], *, block_size: int, peft: bool) -> Iterator[Candidate]:
     """The rows of a suite: for each format the plain ones, then by rank those with factors."""
-    for name in FORMATS[suite]:
+    for name in formats:
         spec = QuantSpec(name, block_size)
         for scales in ("absmax", "mse", "signed-mse"):
             yield Candidate("plain", spec, scales=scales)
@@ -175,8 +175,9 @@ def run(arguments: argparse.Namespace) -> list[Measured]:
         if evaluation is not None:
             rows.append(_untouched(model_name, model, evaluation))
         plain: dict[str, float] = {}
+        chosen_formats = arguments.formats or list(FORMATS[arguments.suite])
         for candidate in candidates(
-            arguments.suite, block_size=arguments.block_size, peft=not arguments.skip_peft
+            arguments.suite, chosen_formats, block_size=arguments.block_size, peft=not arguments.skip_peft
         ):
             row = measure(
                 model_name,
@@ -193,6 +194,8 @@ def run(arguments: argparse.Namespace) -> list[Measured]:
             row.vs_plain = last / plain[row.format]
             rows.append(row)
             _say(row)
+            if arguments.json:  # after each row: a long run that is cut off has not measured in vain
+                save(arguments.json, command=arguments.command, rows=rows)
     return rows
 
 
@@ -217,6 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--suite", choices=list(FORMATS), default="weights")
     parser.add_argument("--model", choices=["smollm2", "minilm"], nargs="+", default=["minilm", "smollm2"])
+    parser.add_argument("--formats", nargs="+", help="only these formats")
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth Linear")
     parser.add_argument("--windows", type=int, default=32, help="windows of text (default 32)")
@@ -227,11 +231,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
     arguments = parser.parse_args(argv)
+    arguments.command = ["benchmarks.error_report", *(sys.argv[1:] if argv is None else argv)]
     torch.set_num_threads(arguments.threads)
-    rows = run(arguments)
-    print(table([_shown(row) for row in rows]))
-    if arguments.json:
-        save(arguments.json, command=["benchmarks.error_report", *(argv or sys.argv[1:])], rows=rows)
+    print(table([_shown(row) for row in run(arguments)]))
 
 
 def _shown(row: Measured) -> dict[str, Any]:

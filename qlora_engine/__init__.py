@@ -34,6 +34,7 @@ _HOME: dict[str, str] = {
         "AutoPeftModelForTokenClassification",
         "adapter_state": "get_peft_model_state_dict set_peft_model_state_dict get_base_model_state_dict "
         "set_base_model_state_dict load_peft_weights",
+        "compare": "error_report",
     }.items()
     for name in names.split()
 }

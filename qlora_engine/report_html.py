@@ -63,23 +63,24 @@ def _cards(report: RunReport) -> str:
     return "".join(_card(*card) for card in cards)
 
 
-def _cell(text: str, value: float | None = None) -> str:
+def cell(text: str, value: float | None = None) -> str:
+    """A table cell, with the value that its column sorts by."""
     data = "" if value is None else f' data-value="{value!r}"'
     return f"<td{data}>{escape(text)}</td>"
 
 
 def _row(layer: LayerReport) -> str:
     cells = [
-        _cell(layer.name),
-        _cell(" x ".join(map(str, layer.shape)), layer.numel),
-        _cell(human_width(layer)),
-        _cell(f"{layer.bits_per_weight:.3f}", layer.bits_per_weight),
-        _cell(str(layer.rank or "-"), layer.rank),
-        _cell(f"{layer.error_plain:.4f}", layer.error_plain),
-        _cell(f"{layer.error:.4f}", layer.error),
-        _cell(f"{-100 * layer.gain:+.1f} %", -layer.gain),
-        _cell(f"{layer.seconds:.2f}", layer.seconds),
-        _cell(human_bytes(layer.bytes_out), layer.bytes_out),
+        cell(layer.name),
+        cell(" x ".join(map(str, layer.shape)), layer.numel),
+        cell(human_width(layer)),
+        cell(f"{layer.bits_per_weight:.3f}", layer.bits_per_weight),
+        cell(str(layer.rank or "-"), layer.rank),
+        cell(f"{layer.error_plain:.4f}", layer.error_plain),
+        cell(f"{layer.error:.4f}", layer.error),
+        cell(f"{-100 * layer.gain:+.1f} %", -layer.gain),
+        cell(f"{layer.seconds:.2f}", layer.seconds),
+        cell(human_bytes(layer.bytes_out), layer.bytes_out),
     ]
     return f"<tr>{''.join(cells)}</tr>"
 

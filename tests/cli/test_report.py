@@ -1,0 +1,174 @@
+"""qlora-report: tables, page, plots, CSV and JSON over real runs of loftq-init on tiny models."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_engine.report import RunReport
+from qlora_engine.spectrum import spectra
+from tests.cli.command import Result
+from tests.cli.command import invoke as loftq_init
+
+
+def invoke(*arguments: object) -> Result:
+    """``qlora-report`` in this process."""
+    from qlora_engine.cli import report
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        report.main([str(argument) for argument in arguments])
+    return Result(int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Path]) -> list[Path]:
+    """A 4-bit and a mixed 2- and 3-bit run of the same model."""
+    home = tmp_path_factory.mktemp("runs")
+    model = make_checkpoint("llama")
+    for name, options in (("four", []), ("mixed", ["--bits", "3", "--bits-pattern", "down_proj=2"])):
+        assert loftq_init(model, home / name, "--rank", "4", "--quiet", *options).code == 0
+    return [home / "four", home / "mixed"]
+
+
+def test_tables_show_runs_kinds_and_reasons(runs: list[Path]) -> None:
+    result = invoke(*runs, "--baseline", "--worst", "2")
+    assert result.code == 0
+    four = RunReport.read(runs[0]).totals
+    line = next(line for line in result.out.splitlines() if line.startswith("four "))
+    assert f"{four['error_plain_mean']:.4f}" in line
+    assert f"{four['error_mean']:.4f}" in line
+    assert "plain nf4" in result.out
+    assert "plain nf2, nf3" in result.out
+    assert re.search(r"self_attn\.q_proj +2 ", result.out)
+    assert "Worst of mixed" in result.out
+    assert "bits where the median is" in result.out.replace("\n", " ")
+
+
+def test_page_is_self_contained_and_escaped(runs: list[Path], tmp_path: Path) -> None:
+    hostile = "</script><b>&"
+    strange = json.loads((runs[0] / "report.json").read_text())
+    strange["layers"][0]["name"] = hostile
+    (tmp_path / "report.json").write_text(json.dumps(strange))
+    page = tmp_path / "page.html"
+    assert invoke(tmp_path / "report.json", runs[1], "--html", page).code == 0
+    text = page.read_text()
+    assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org/2000/svg)", text)
+    assert hostile not in text
+    assert html.escape(hostile) in text
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    assert [len(run["layers"]) for run in data["runs"]] == [14, 14]
+    assert data["runs"][1]["error"] == RunReport.read(runs[1]).totals["error_mean"]
+
+
+def test_csv_and_json_hold_every_layer(runs: list[Path], tmp_path: Path) -> None:
+    result = invoke(*runs, "--json", "--csv", tmp_path / "layers.csv")
+    values = json.loads(result.out)
+    assert [run["label"] for run in values["runs"]] == ["four", "mixed"]
+    rows = list(csv.DictReader((tmp_path / "layers.csv").open()))
+    assert len(rows) == 28
+    for row, layer in zip(rows, values["runs"][0]["layers"] + values["runs"][1]["layers"], strict=True):
+        assert row["name"] == layer["name"]
+        assert float(row["error"]) == layer["error"]
+
+
+def test_png_draws_each_plot(runs: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert invoke(*runs, "--png", tmp_path / "plots").code == 0
+    for name in ("size_error.png", "kinds.png", "iterations.png"):
+        assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("number", [0, 1])  # bitsandbytes' layout and the native one
+def test_spectra_agree_with_the_report(
+    runs: list[Path], make_checkpoint: Callable[..., Path], number: int
+) -> None:
+    """The squares of the singular values sum to the squared relative error that the solver reported."""
+    report = RunReport.read(runs[number])
+    names = [layer.name for layer in report.layers[:7]]
+    for layer, found in zip(report.layers, spectra(make_checkpoint("llama"), runs[number], names)):
+        before, after = torch.tensor(found.before).norm(), torch.tensor(found.after).norm()
+        assert float(before) == pytest.approx(layer.error_plain, rel=1e-4)
+        assert float(after) == pytest.approx(layer.error, rel=1e-4)
+        assert found.before[0] > found.after[0]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_spectra_of_transposed_layers_and_other_models(
+    name: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = make_checkpoint(name)
+    assert loftq_init(model, tmp_path / "out", "--rank", "4", "--quiet").code == 0
+    layer = RunReport.read(tmp_path / "out").layers[0]
+    (found,) = spectra(model, tmp_path / "out", [layer.name])
+    assert float(torch.tensor(found.after).norm()) == pytest.approx(layer.error, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "no such folder or report: nowhere"),
+        (["."], "has no report.json"),
+        (["RUN", "--worst", "0"], "--worst 0; it must be at least 1"),
+        (["RUN", "--spectrum", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], message: str, runs: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*[runs[0] if argument == "RUN" else argument for argument in arguments])
+    assert result.code == 2
+    assert result.out == ""
+    (line,) = result.err.splitlines()
+    assert line.startswith("qlora-report: error: ")
+    assert message in line
+
+
+def test_pages_work_in_a_browser(
+    runs: list[Path], make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Plots are drawn, no error reaches the console, and a press on a heading sorts."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on this machine")
+    compared = tmp_path / "compare.html"
+    invoke(*runs, "--baseline", "--html", compared, "--spectrum", make_checkpoint("llama"))
+    probe = """<script>
+      const press = (column) => document.querySelectorAll("#layers th")[column].click();
+      const first = (column) => document.querySelector("#layers tbody tr").cells[column].dataset.value;
+      press(COLUMN); const low = first(COLUMN); press(COLUMN); const high = first(COLUMN);
+      const plots = [...document.querySelectorAll("svg")].map(svg => svg.childElementCount);
+      document.title = JSON.stringify({low: Number(low), high: Number(high), plots, errors: failures});
+    </script></body>"""
+    catch = "<head><script>window.failures = []; onerror = (m) => { failures.push(m); };</script>"
+    for page, column, plots in ((runs[0] / "report.html", 6, 3), (compared, 3, 15)):
+        text = page.read_text().replace("<head>", catch, 1)
+        head, _, tail = text.rpartition("</body>")
+        (tmp_path / "probe.html").write_text(head + probe.replace("COLUMN", str(column)) + tail)
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+        flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+        flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"]
+        done = subprocess.run(
+            [browser, *flags, (tmp_path / "probe.html").as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout)[1]))
+        assert found["errors"] == []
+        assert 0 < found["low"] < found["high"] < 1
+        assert len(found["plots"]) == plots
+        assert all(count > 3 for count in found["plots"])
