@@ -218,7 +218,7 @@ def unload(tuner: Any) -> Any:
     """The base model with every adapter layer taken off; a layer that is merged stays merged, as in PEFT."""
     for key in list(_adapted(tuner.model)):
         module: Any = tuner.model.get_submodule(key)
-        if hasattr(module, "unload_and_optionally_merge_module"):
+        if _merges_itself(module):
             new = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
         else:
             new = module.get_base_layer()
@@ -239,6 +239,11 @@ def _adapted(model: nn.Module) -> Iterator[str]:
             yield name
 
 
+def _merges_itself(module: nn.Module) -> bool:
+    """Wrappers, and layers that adapt something else than one weight of one module."""
+    return hasattr(module, "unload_and_optionally_merge_module")
+
+
 def _names(layer: LoraLayer, adapter_names: list[str] | None) -> list[str]:
     """The adapters that a final merge of the layer includes: those merged already, then the new ones."""
     new = [name for name in check_adapters_to_merge(layer, adapter_names) if layer.has_adapter(name)]
@@ -254,7 +259,7 @@ def _specs(
     return {
         key: resolve_spec(requantize, layer, key)
         for key, layer in layers.items()
-        if isinstance(layer, LoraLayer) and can_requantize(layer)
+        if isinstance(layer, LoraLayer) and not _merges_itself(layer) and can_requantize(layer)
     }
 
 
@@ -274,7 +279,7 @@ def _rehearse(
     """Compute and check every merged weight without keeping it."""
     for key in keys:
         layer = model.get_submodule(key)
-        if not isinstance(layer, LoraLayer) or hasattr(layer, "unload_and_optionally_merge_module"):
+        if not isinstance(layer, LoraLayer) or _merges_itself(layer):
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the merge itself will say what is merged already
@@ -301,7 +306,7 @@ def _merged(
     if isinstance(module, ModulesToSaveWrapper) and adapter_names is not None:
         chosen = [name for name in adapter_names if name in module.modules_to_save]
         return module.modules_to_save[chosen[0]] if chosen else module.original_module
-    if hasattr(module, "unload_and_optionally_merge_module"):
+    if _merges_itself(module):
         return module.unload_and_optionally_merge_module(  # type: ignore[no-any-return]
             merge=True, safe_merge=safe_merge, adapter_names=adapter_names
         )
