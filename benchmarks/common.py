@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Timing:
 
 
 def time_each(
-    calls: dict[str, Callable[[], object]],
+    calls: Mapping[str, Callable[..., object]],
     *,
     warmup: int = 2,
     repeats: int = 10,

@@ -71,7 +71,8 @@ def suite_dequant() -> list[Row]:
     rows = []
     copy = measure(lambda: out.copy_(source), calls=10)
     rows.append(row("dequant", "copy", copy, TB_s=2 * out.nbytes / copy.median / 1e9))
-    fields = (q.codes, q.scales, None, (q.nested_scales, q.nested_offset, q.nested_map), SPEC.fmt, 64, 0, out)
+    nested = (q.nested_scales, q.nested_offset, q.nested_map)
+    fields: tuple[Any, ...] = (q.codes, q.scales, None, nested, SPEC.fmt, 64, 0, out)
     ours = measure(lambda: triton_kernels.dequantize_nested(*fields), calls=10)
     rows.append(row("dequant", "ours, nested", ours, TB_s=moved / ours.median / 1e9))
     for name in ("nf4", "nf3", "nf2", "int8", "uint4"):
@@ -311,7 +312,7 @@ def check() -> None:
         fmt = QuantSpec(name).fmt
         want = reference.quantize(weight.cpu(), fmt, 64)
         for a, b in zip(want, triton_kernels.quantize(weight, fmt, 64), strict=True):
-            if a is not None and not torch.equal(a, b.cpu()):  # type: ignore[arg-type]
+            if a is not None and not torch.equal(a, b.cpu()):  # type: ignore[union-attr]
                 raise SystemExit(f"{name}: the kernel's codes differ from the reference's; nothing is timed")
         q = quantize(weight, QuantSpec(name))
         if not torch.equal(q.dequantize(backend="triton_kernels"), q.dequantize(backend="reference")):
