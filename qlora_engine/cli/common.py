@@ -64,10 +64,6 @@ def run_command(
         fail(program, error.format_message())
     except InputError as error:
         fail(program, error)
-    except BrokenPipeError:
-        # The reader of our output has gone (head, less): nothing is wrong here.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
     except OSError as error:
         fail(program, f"{describe_os_error(error)}{hint()}")
     except (KeyboardInterrupt, click.Abort):
@@ -84,10 +80,33 @@ def package_version() -> str:
         return "not installed"
 
 
+def _forget_stdout() -> None:
+    """The reader of our output has gone (head, less): go on with the work, and print to nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+class _Console(Console):
+    """rich's, but for ending the process when the reader of the output goes away."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        _forget_stdout()
+
+
+def emit(text: str) -> None:
+    """Print one line to stdout at once."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _forget_stdout()
+
+
 def console(stream: TextIO, *, quiet: bool = False) -> Console:
     """A console that honours NO_COLOR and is plain where ``stream`` is not a terminal."""
     width = None if stream.isatty() else int(os.environ.get("COLUMNS", "100"))
-    return Console(file=stream, quiet=quiet, highlight=False, soft_wrap=False, width=width)
+    return _Console(file=stream, quiet=quiet, highlight=False, soft_wrap=False, width=width)
 
 
 def parse_pairs(option: str, texts: Sequence[str], convert: Callable[[str], Any]) -> dict[str, Any]:

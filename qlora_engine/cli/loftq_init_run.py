@@ -80,7 +80,7 @@ def execute(model: str, out: Path, given: dict[str, Any], command: str) -> int:
     quiet, as_json = given["quiet"], given["as_json"]
     screen = common.console(sys.stdout, quiet=quiet or as_json)
     if as_json:
-        print(dumps({"event": "plan", **plan_facts(plan)}), flush=True)
+        common.emit(dumps({"event": "plan", **plan_facts(plan)}))
     if given["dry_run"]:
         screen.print(plan_table(plan), *(Text(f"note: {note}") for note in plan.notes))
         return 0
@@ -97,7 +97,7 @@ def execute(model: str, out: Path, given: dict[str, Any], command: str) -> int:
             progress=progress,
         )
     if as_json:
-        print(dumps({"event": "done", "out": str(out)} | run_facts(report)), flush=True)
+        common.emit(dumps({"event": "done", "out": str(out)} | run_facts(report)))
     screen.print(summary(report))
     screen.print(Text(next_steps(out, plan, report)), soft_wrap=True)
     return 0
@@ -182,7 +182,7 @@ def plan_table(plan: Plan) -> Table:
 def _progress(plan: Plan, *, quiet: bool, as_json: bool) -> Iterator[Any]:
     """What to call after each layer: JSON lines, a bar on a terminal, or a line now and then."""
     if as_json:
-        yield lambda layer, kept: print(dumps({"event": "layer", "kept": kept} | layer.to_json()), flush=True)
+        yield lambda layer, kept: common.emit(dumps({"event": "layer", "kept": kept} | layer.to_json()))
     elif quiet:
         yield None
     elif sys.stderr.isatty():

@@ -52,11 +52,9 @@ def start(*arguments: Any, **popen: Any) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **popen.pop("env", {})}
     return subprocess.Popen(
         [sys.executable, "-m", "qlora_engine.cli.loftq_init", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen},
         text=True,
         env=environment,
-        **popen,
     )
 
 

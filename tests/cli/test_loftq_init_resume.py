@@ -155,7 +155,7 @@ def test_killed_while_overwriting(
         shutil.rmtree(tmp_path / f"at-{at}")
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_sigkill_of_the_real_process(tmp_path: Path, make_checkpoint: MakeCheckpoint, kills: int) -> None:
     source = make_checkpoint("llama", shard_size="60KB")
     (tmp_path / "undisturbed").mkdir()
