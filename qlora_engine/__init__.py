@@ -19,6 +19,7 @@ _HOME: dict[str, str] = {
         "LoraRuntimeConfig PEFT_TYPE_TO_CONFIG_MAPPING get_peft_config",
         "targets": "NoMatchingPeftModuleError PeftError",
         "tuner_layer": "BaseTunerLayer",
+        "loading": "from_pretrained",
         "lora_layer": "LoraLayer",
         "lora": "LoraLinear LoraEmbedding",
         "lora_conv": "LoraConv1d LoraConv2d LoraConv3d",

@@ -36,6 +36,7 @@ class PartialModel:
         folder: Checkpoint in Hugging Face layout, safetensors.
         dtype: Of the floating-point weights once loaded.
         trust_remote_code: Let Python files of the folder run.
+        quantised: Accept a quantised checkpoint; whoever asks for one replaces the quantised modules.
 
     Attributes:
         model: In eval mode; parameters on the meta device, buffers real.
@@ -46,22 +47,35 @@ class PartialModel:
     """
 
     def __init__(
-        self, folder: Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+        quantised: bool = False,
     ) -> None:
         from accelerate import init_empty_weights
 
         self.folder = folder
         self.dtype = dtype
         self._checkpoint = Checkpoint.open(folder)
-        if "quantization_config" in self._checkpoint.config:
+        if "quantization_config" in self._checkpoint.config and not quantised:
             raise InputError(f"{folder} is quantised already; calibrate the model it was made from")
-        known = read_architecture(folder, self._checkpoint.config, trust_remote_code=trust_remote_code)
+        self._known = known = read_architecture(
+            folder, self._checkpoint.config, trust_remote_code=trust_remote_code
+        )
         with init_empty_weights(include_buffers=False):
             self.model: Any = type(known._model)(known._model.config)
         self.model.eval()
         self.model.requires_grad_(False)
         self._units = self._find_units()
         self.names = self._names_on_disk()
+
+    def parameters_of(self, keys: Iterable[str]) -> dict[str, str]:
+        """Names in memory of the parameters that tensors called so on disk become; others keep theirs."""
+        keys = list(keys)
+        homes = self._known.homes(keys)
+        return {key: homes[key].parameter if key in homes else key for key in keys}
 
     def _find_units(self) -> dict[str, _Unit]:
         """Parameter or buffer name -> what it is read from."""

@@ -1,0 +1,79 @@
+"""Teach transformers the native format: its ``from_pretrained`` of a folder that loftq-init wrote natively.
+
+Importing this module registers it. ``qlora_engine.from_pretrained`` does not need it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quant.linear import QuantEmbedding, QuantLinear
+
+from .base_weight import is_conv1d
+from .loading import NATIVE_METHOD, native_config, native_specs, shape_of
+
+
+@register_quantization_config(NATIVE_METHOD)
+class NativeConfig(QuantizationConfigMixin):
+    """The quantization_config of the native format, as config.json has it."""
+
+    def __init__(self, **values: Any) -> None:
+        self.quant_method = NATIVE_METHOD  # type: ignore[assignment]
+        self.specs = native_specs(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, as it was read."""
+        return native_config(self.specs)
+
+
+@register_quantizer(NATIVE_METHOD)
+class NativeQuantizer(HfQuantizer):
+    """Puts empty QuantLinears into the model before its weights are read."""
+
+    requires_calibration = True  # a stored model can be read; quantising on the fly is get_peft_model's
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        modules = dict(model.named_modules())
+        for path, spec in self.quantization_config.specs.items():
+            module = modules.get(path)
+            rows, columns = shape_of(path, module)
+            parent, _, leaf = path.rpartition(".")
+            dtype = next(model.parameters()).dtype
+            if isinstance(module, nn.Embedding):
+                layer: nn.Module = QuantEmbedding(
+                    rows, columns, spec, padding_idx=module.padding_idx, weight_dtype=dtype, device="meta"
+                )
+            else:
+                layer = QuantLinear(
+                    columns,
+                    rows,
+                    spec,
+                    bias=getattr(module, "bias", None) is not None,
+                    weight_dtype=dtype,
+                    conv1d=module is not None and is_conv1d(module),
+                    device="meta",
+                )
+            layer.requires_grad_(False)
+            setattr(model.get_submodule(parent), leaf, layer)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        return model
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
+        """Bytes an element: the packed tensors are bytes."""
+        return float(param.element_size())
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on it can be trained."""
+        return True
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """Its state dict is the format."""
+        return True
