@@ -100,7 +100,7 @@ def _first_line(error: BaseException) -> str:
 
 def _check_size(config: Any) -> None:
     for name, value in config.items() if isinstance(config, dict) else ():
-        if "layers" in name and isinstance(value, int) and value > MAX_LAYERS:
+        if "layers" in str(name) and isinstance(value, int) and value > MAX_LAYERS:
             raise InputError(f"config.json: {name} is {value}; at most {MAX_LAYERS} layers are accepted")
         _check_size(value)
 
