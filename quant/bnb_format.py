@@ -110,6 +110,8 @@ def from_bnb(
         state = json.loads(bytes(tensors[key].cpu().numpy()).decode())
         fmt = BNB_TYPES[state["quant_type"]]
         original = getattr(torch, state["dtype"])
+        if not isinstance(original, torch.dtype):
+            raise ValueError(f"dtype {state['dtype']!r}")
         spec = QuantSpec(fmt, state["blocksize"], double_quant="nested_blocksize" in state)
         shape = torch.Size(state["shape"])
         found = {"codes": tensors[name], "scales": tensors[f"{name}.absmax"]}
