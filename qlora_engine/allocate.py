@@ -1,6 +1,7 @@
 """Mixed precision: which format each layer gets, so that the total error is least within a budget of bits.
 
-    choices = [LayerChoices(name, weight.numel(), measure(weight, specs, H)) for ...]
+    specs = candidate_specs(["nf2", "nf3", "nf4"], [32, 64, 128])
+    choices = layer_choices(named_weights, specs, calibration, calibration.sensitivities)
     allocation = allocate(choices, budget=2.75)
     allocation.specs["model.layers.0.mlp.down_proj"]      # QuantSpec("nf3", 64)
 
@@ -10,7 +11,7 @@ One candidate a layer, an integer program solved by HiGHS. Source: LQ-LoRA, Guo 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -136,6 +137,42 @@ def measure(
             raise InputError(f"the error of {spec.format} is {cost}: is the weight finite?")
         found.append(Candidate(spec, 8 * spec.nbytes(dense.numel()), cost))
     return tuple(found)
+
+
+def layer_choices(
+    weights: Iterable[tuple[str, Tensor]],
+    specs: Sequence[QuantSpec],
+    hessians: Mapping[str, Tensor] | None = None,
+    sensitivities: Mapping[str, Tensor] | None = None,
+    *,
+    groups: Mapping[str, str] | None = None,
+    approximate: Approximate = scale_searched,
+) -> list[LayerChoices]:
+    """``measure`` for a stream of weights, one at a time.
+
+    Args:
+        weights: (name, dense weight (out, in)).
+        specs: Formats to try.
+        hessians: H by name, a ``Calibration`` for instance; layers without one take the identity.
+        sensitivities: By name, of every layer or (empty or None) of none: errors would not add up otherwise.
+        groups: Name -> label; layers with one label will get one spec (``Calibration.groups``).
+        approximate: As in ``measure``.
+
+    Raises:
+        InputError: a layer without sensitivity where others have one; otherwise as ``measure``.
+    """
+    made = []
+    for name, weight in weights:
+        sensitivity = sensitivities.get(name) if sensitivities else None
+        if sensitivities and sensitivity is None:
+            raise InputError(f"no sensitivity of {name}: its error cannot be compared with the other layers'")
+        if sensitivity is not None and sensitivity.shape != weight.shape[:1]:
+            # The disk has a part of what the model stacks (an expert's gate and up): they share the mean.
+            sensitivity = sensitivity.mean().expand(weight.shape[0])
+        hessian = hessians.get(name) if hessians is not None else None
+        found = measure(weight, specs, hessian, sensitivity=sensitivity, approximate=approximate)
+        made.append(LayerChoices(name, weight.numel(), found, group=groups.get(name) if groups else None))
+    return made
 
 
 def allocate(layers: Sequence[LayerChoices], budget: float) -> Allocation:

@@ -50,7 +50,6 @@ class CallRecorder:
         self._hidden: Tensor | None = None
         self._version = 0
         self._start: Tensor | None = None
-        self._final: Tensor | None = None
         self._observer: Observer | None = None
 
     @contextmanager
@@ -88,9 +87,8 @@ class CallRecorder:
             raise AssertionError("stopped before the first block")
         return self._start, self._dedupe(tuple(ids.shape), self._calls)
 
-    def finish(self, ids: Tensor, final: Tensor, observer: Observer) -> None:
-        """Run what stands behind the blocks on the last block's output."""
-        self._final, self._observer = final, observer
+    def finish(self, ids: Tensor, final: Tensor, observer: Observer) -> Any:
+        """Run what stands behind the blocks on the last block's output; returns the model's output."""
         observer.start()
         observer.active = False
         last = len(self._blocks) - 1
@@ -105,7 +103,7 @@ class CallRecorder:
             return stub
 
         with self._patched([forward(i) for i in range(last + 1)]):
-            self._blocks.model(input_ids=ids.to(self._blocks.device))
+            return self._blocks.model(input_ids=ids.to(self._blocks.device))
 
     def _output(self, hidden: Tensor) -> Any:
         if self._form is None:

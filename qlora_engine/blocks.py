@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from qlora_engine.errors import InputError
 from qlora_engine.partial_model import PartialModel
+
+Mode = Literal["auto", "whole", "blocks"]
 
 
 class NotSequential(Exception):

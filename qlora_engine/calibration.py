@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_engine.blocks import NotSequential, make_batches, prepared, run_model
+from qlora_engine.blocks import Mode, NotSequential, make_batches, prepared, run_model
 from qlora_engine.blockwise import means, walk_blocks
 from qlora_engine.calibration_result import (
     Calibration,
@@ -34,10 +34,10 @@ from qlora_engine.hessian import condition, dead_inputs
 from qlora_engine.hessian_file import HessianWriter
 from qlora_engine.observe import Observer, Target, find_targets
 from qlora_engine.partial_model import PartialModel
+from qlora_engine.sensitivity import output_sensitivity
 
 __all__ = ["Calibration", "LayerInputs", "calibrate"]
 
-Mode = Literal["auto", "whole", "blocks"]
 Progress = Callable[[int, int, str], None]
 CONDITION_UP_TO = 4096  # wider, the Cholesky factor of the estimate takes seconds a layer on a CPU
 
@@ -54,6 +54,7 @@ def calibrate(
     activation_dtype: torch.dtype | None = None,
     max_full_width: int | None = None,
     min_tokens: int | None = None,
+    sensitivity_windows: int = 0,
     save_to: str | Path | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
@@ -76,6 +77,9 @@ def calibrate(
         max_full_width: Wider inputs keep only the diagonal of H. None: all are kept whole, 4 bytes times the
             square of the width each.
         min_tokens: A layer with fewer is left out of ``Calibration.hessian``; None is ``enough_tokens``.
+        sensitivity_windows: Measure on so many of the windows how much the loss minds each layer's outputs
+            (``Calibration.sensitivities``): it makes layers comparable when a budget of bits is shared out. A
+            few are enough; it costs about three passes over them, in the same mode.
         save_to: File for the Hessians. With blocks they are written as they are found and not kept: memory
             then holds those of one block.
         progress: Called with steps done, steps in all and what was done.
@@ -139,6 +143,15 @@ def calibrate(
             groups = observer.finish()
             tokens = {name: group.moment.tokens for name, group in groups.items()}
             collector.take(found, means(groups), tokens)
+        sensitivities: dict[str, Tensor] = {}
+        if sensitivity_windows:
+            sensitivities = output_sensitivity(
+                partial if partial is not None and used == "blocks" else model,
+                texts[:: max(len(texts) // sensitivity_windows, 1)][:sensitivity_windows],
+                list(found),
+                mode=used,
+                device=device,
+            )
         unseen = [name for name, layer in collector.layers.items() if layer.kind == "none"]
         if unseen:
             notes.append(f"{len(unseen)} layers were fed no token, among them {unseen[0]}")
@@ -153,6 +166,7 @@ def calibrate(
             mode=used,
             min_tokens=min_tokens,
             notes=tuple(notes),
+            sensitivities=sensitivities,
         )
         return collector.finish(calibration)
 
@@ -242,6 +256,8 @@ class _Collector:
     def finish(self, calibration: Calibration) -> Calibration:
         if self._writer is None or self._path is None:
             return calibration
+        for name, values in calibration.sensitivities.items():
+            self._writer.add_sensitivity(name, values)
         self._writer.close({"format": "pt", "calibration": json.dumps(calibration.facts())})
         self._stack.pop_all()
         return Calibration.load(self._path)

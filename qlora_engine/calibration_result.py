@@ -64,6 +64,7 @@ class Calibration(Mapping[str, Tensor]):
         mode: "whole" or "blocks".
         min_tokens: Fewer make a Hessian that ``hessian`` does not give; None is ``enough_tokens``.
         notes: What a reader of the report should know.
+        sensitivities: Layer -> how much the loss minds its outputs, float32 (out,); empty if not asked for.
     """
 
     layers: Mapping[str, LayerInputs]
@@ -76,6 +77,7 @@ class Calibration(Mapping[str, Tensor]):
     mode: str = "whole"
     min_tokens: int | None = None
     notes: tuple[str, ...] = ()
+    sensitivities: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Tensor:
         layer = self.layers[self.names.get(name, name)]
@@ -116,6 +118,15 @@ class Calibration(Mapping[str, Tensor]):
         if layer.tokens < needed and layer.kind == "full":
             return f"only {layer.tokens} calibration tokens reached it; {needed} are needed"
         return None
+
+    def sensitivity(self, name: str) -> Tensor | None:
+        """How much the loss minds each output of a layer, float32 (out,); None if it was not measured."""
+        return self.sensitivities.get(self.names.get(name, name))
+
+    def groups(self) -> dict[str, str]:
+        """Layer (by its names in memory and on disk) -> a name that layers with the same inputs share."""
+        inside = {name: layer.stored for name, layer in self.layers.items() if layer.stored}
+        return inside | {disk: inside[name] for disk, name in self.names.items() if name in inside}
 
     def check(self, name: str, weight: Tensor) -> None:
         """Compare a weight with the one that was calibrated, whatever float dtype either is in.
@@ -162,6 +173,8 @@ class Calibration(Mapping[str, Tensor]):
         try:
             for stored in {layer.stored: None for layer in self.layers.values() if layer.stored}:
                 writer.add(stored, self.tensors[stored])
+            for name, values in self.sensitivities.items():
+                writer.add_sensitivity(name, values)
             writer.close({"format": "pt", "calibration": json.dumps(self.facts())})
         except BaseException:
             writer.abort()
@@ -205,7 +218,8 @@ class Calibration(Mapping[str, Tensor]):
             missing = {layer.stored for layer in layers.values() if layer.stored} - set(tensors)
             if missing:
                 raise InputError(f"{path}: {len(missing)} Hessians are missing, among them {min(missing)}")
-            return cls(layers=layers, tensors=tensors, notes=notes, **facts)
+            sensitivities = tensors.sensitivities
+            return cls(layers=layers, tensors=tensors, notes=notes, sensitivities=sensitivities, **facts)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise InputError(f"{path} is not a calibration file: {error!r}") from error
 

@@ -20,7 +20,7 @@ from qlora_engine.files import rename_into_place
 from qlora_engine.hessian import unpack_upper
 from qlora_engine.safetensors_io import MAX_HEADER_BYTES, TensorEntry, read_header
 
-_UPPER, _DIAGONAL = ".upper", ".diagonal"
+_UPPER, _DIAGONAL, _SENSITIVITY = ".upper", ".diagonal", ".sensitivity"
 
 
 class HessianWriter:
@@ -57,6 +57,13 @@ class HessianWriter:
         shape = [(self._position - begin) // 4]
         self._header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, self._position]}
 
+    def add_sensitivity(self, name: str, values: Tensor) -> None:
+        """Append the sensitivities of a layer's outputs, float32 (out,)."""
+        begin = self._position
+        self._write(values.detach().to("cpu", torch.float32).contiguous())
+        entry = {"dtype": "F32", "shape": [values.numel()], "data_offsets": [begin, self._position]}
+        self._header[name + _SENSITIVITY] = entry
+
     def _write(self, values: Tensor) -> None:
         self._position += self._file.write(values.numpy().data)
 
@@ -88,6 +95,7 @@ class HessianFile(Mapping[str, Tensor]):
 
     Attributes:
         metadata: Text to text.
+        sensitivities: Name -> sensitivities of a layer's outputs.
 
     Raises:
         InputError: not such a file.
@@ -99,10 +107,15 @@ class HessianFile(Mapping[str, Tensor]):
             raise InputError(f"no such calibration file: {path}")
         entries, self.metadata = read_header(path)
         self._entries: dict[str, TensorEntry] = {}
+        self.sensitivities: dict[str, Tensor] = {}
         for key, entry in entries.items():
-            if entry.dtype != "F32" or len(entry.shape) != 1 or not key.endswith((_UPPER, _DIAGONAL)):
+            known = key.endswith((_UPPER, _DIAGONAL, _SENSITIVITY))
+            if entry.dtype != "F32" or len(entry.shape) != 1 or not known:
                 raise InputError(f"{path}: tensor '{key}' is not a Hessian; is this a calibration file?")
-            self._entries[key.removesuffix(_UPPER).removesuffix(_DIAGONAL)] = entry
+            if key.endswith(_SENSITIVITY):
+                self.sensitivities[key.removesuffix(_SENSITIVITY)] = entry.read()
+            else:
+                self._entries[key.removesuffix(_UPPER).removesuffix(_DIAGONAL)] = entry
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]

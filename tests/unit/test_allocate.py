@@ -12,6 +12,7 @@ from qlora_engine.allocate import (
     LayerChoices,
     allocate,
     candidate_specs,
+    layer_choices,
     measure,
     scale_searched,
 )
@@ -193,6 +194,23 @@ def test_measure_with_sensitivity_is_the_loss_to_second_order() -> None:
     assert found.error == pytest.approx(float(0.5 * (outputs.square().mean(0) * sensitivity).sum()), rel=1e-4)
     with pytest.raises(InputError, match=r"sensitivity \(7,\) for a weight of 8 outputs"):
         measure(weight, [spec], hessian, sensitivity=torch.rand(7))
+
+
+def test_layer_choices_measures_a_stream() -> None:
+    weights = {name: torch.randn(8, 64) for name in "abc"}
+    hessians = {"a": torch.eye(64) * 4, "b": torch.rand(64)}
+    specs = candidate_specs(["nf2", "nf3"])
+    made = layer_choices(iter(weights.items()), specs, hessians, groups={"a": "g", "b": "g"})
+    assert [(c.name, c.numel, c.group) for c in made] == [("a", 512, "g"), ("b", 512, "g"), ("c", 512, None)]
+    for choice in made:
+        assert choice.candidates == measure(weights[choice.name], specs, hessians.get(choice.name))
+    sensitivities = {"a": torch.rand(8), "b": torch.rand(8), "c": torch.rand(16)}
+    minded = layer_choices(weights.items(), specs, hessians, sensitivities)
+    assert minded[1].candidates == measure(weights["b"], specs, hessians["b"], sensitivity=sensitivities["b"])
+    whole = sensitivities["c"].mean().expand(8)
+    assert minded[2].candidates == measure(weights["c"], specs, sensitivity=whole)
+    with pytest.raises(InputError, match="no sensitivity of c"):
+        layer_choices(weights.items(), specs, hessians, {"a": torch.rand(8), "b": torch.rand(8)})
 
 
 def test_measure_takes_the_method_in_use() -> None:

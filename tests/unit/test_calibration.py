@@ -15,6 +15,7 @@ from qlora_engine.calibration import Calibration, calibrate
 from qlora_engine.calibration_result import enough_tokens
 from qlora_engine.errors import InputError
 from qlora_engine.hessian_file import HessianFile, HessianWriter
+from qlora_engine.sensitivity import output_sensitivity
 from qlora_engine.texts import load_texts
 
 
@@ -187,6 +188,36 @@ def test_save_to_writes_while_it_runs(make_checkpoint: Callable[..., Path], tmp_
         assert torch.equal(streamed[name], kept[name])
     again = Calibration.load(path)
     assert again.layers == streamed.layers == kept.layers
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_sensitivities_are_measured_and_kept(
+    make_checkpoint: Callable[..., Path], make_model: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    texts, path = windows(40, 40, 40, 40), tmp_path / "c.safetensors"
+    disk = calibrate(make_checkpoint(name, dtype=torch.float32), texts, sensitivity_windows=2, save_to=path)
+    memory = calibrate(make_model(name), texts, sensitivity_windows=2)
+    memory.save(tmp_path / "d.safetensors")
+    expected = output_sensitivity(make_model(name), texts[::2])
+    assert disk.mode == "blocks"
+    for found in (disk, memory, Calibration.load(path), Calibration.load(tmp_path / "d.safetensors")):
+        assert set(found.sensitivities) == set(found.layers)
+        for layer, values in expected.items():
+            torch.testing.assert_close(
+                found.sensitivity(layer), values, rtol=1e-3, atol=1e-4 * float(values.max())
+            )
+    assert calibrate(make_model(name), texts).sensitivity(next(iter(expected))) is None
+    for one, other in disk.names.items():
+        assert torch.equal(disk.sensitivities[other], disk.sensitivity(one))  # type: ignore[arg-type]
+
+
+def test_groups_are_layers_with_one_input(make_checkpoint: Callable[..., Path]) -> None:
+    calibration = calibrate(make_checkpoint("mixtral"), windows(60))
+    groups, layer = calibration.groups(), "model.layers.0.self_attn"
+    assert groups[f"{layer}.q_proj"] == groups[f"{layer}.k_proj"] == groups[f"{layer}.v_proj"]
+    assert groups[f"{layer}.q_proj"] != groups[f"{layer}.o_proj"]
+    for one, other in calibration.names.items():
+        assert groups[one] == groups[other]
 
 
 def test_save_to_leaves_nothing_after_an_error(make_model: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,6 +98,43 @@ def test_experts_by_the_tokens_they_get(make_model: Callable[..., Any]) -> None:
         has_tokens = f"{fused}.down_proj.{expert}" in reached
         assert bool((down > 0).all()) == bool((gate_up > 0).any()) == has_tokens
     assert sum(f"{fused}.down_proj.{expert}" in reached for expert in range(4)) == 2
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "bert", "mixtral"])
+def test_block_by_block_agrees_with_the_whole_model(
+    make_checkpoint: Callable[..., Path], make_model: Callable[..., Any], name: str
+) -> None:
+    texts = windows(3)
+    whole = output_sensitivity(make_model(name), texts)
+    memory = output_sensitivity(make_model(name), texts, mode="blocks")
+    disk = output_sensitivity(make_checkpoint(name, dtype=torch.float32, shard_size="60KB"), texts)
+    assert set(whole) == set(memory) == set(disk)
+    for layer, values in whole.items():
+        torch.testing.assert_close(memory[layer], values, rtol=1e-3, atol=1e-4 * float(values.max()))
+        torch.testing.assert_close(disk[layer], values, rtol=1e-3, atol=1e-4 * float(values.max()))
+
+
+def test_blocks_and_what_stands_around_them(make_model: Callable[..., Any]) -> None:
+    import transformers
+
+    config = transformers.OPTConfig(
+        vocab_size=384, hidden_size=64, ffn_dim=96, word_embed_proj_dim=32, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=128,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config).eval()
+    names = ["model.decoder.project_in", "model.decoder.project_out", "lm_head", "model.decoder.layers.0.fc1"]
+    texts = windows(2)
+    whole, blocks = (output_sensitivity(model, texts, names, mode=mode) for mode in ("whole", "blocks"))
+    for layer in names:
+        assert float(whole[layer].min()) > 0
+        torch.testing.assert_close(blocks[layer], whole[layer], rtol=1e-3, atol=0)
+
+
+def test_a_folder_that_is_no_list_of_blocks(make_checkpoint: Callable[..., Path]) -> None:
+    found = output_sensitivity(make_checkpoint("t5"), windows(1))
+    assert float(found["decoder.block.0.layer.0.SelfAttention.q"].sum()) > 0
+    with pytest.raises(InputError, match="cannot run this model block by block: an encoder with a decoder"):
+        output_sensitivity(make_checkpoint("t5"), windows(1), mode="blocks")
 
 
 def test_is_deterministic_and_seeded(make_model: Callable[..., Any]) -> None:
