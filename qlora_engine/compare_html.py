@@ -24,7 +24,7 @@ _RUN_HEADINGS = (
     "output error",
     "time",
 )
-_COLORS = 6  # of the template's palette
+_COLORS = 8  # of the template's palette
 
 
 def _row(cells: Iterable[tuple[str, float | None]]) -> str:
@@ -76,10 +76,13 @@ def _layer_rows(runs: Sequence[Run]) -> str:
     return "\n".join(rows)
 
 
-def _legend(runs: Sequence[Run]) -> str:
+def _legend(runs: Sequence[Run], *, solved: bool = False) -> str:
+    """The runs' colours; ``solved``: only of runs that have iterations."""
     return "".join(
-        f'<span class="key" style="background:var(--run-{i % _COLORS})"></span>{escape(run.label)}'
+        f'<span class="item"><span class="key" style="background:var(--run-{i % _COLORS})"></span>'
+        f"{escape(run.label)}</span>"
         for i, run in enumerate(runs)
+        if not solved or any(len(layer.trace) > 1 for layer in run.report.layers)
     )
 
 
@@ -124,7 +127,7 @@ def render(runs: Sequence[Run], *, command: str, worst: int, spectra: Sequence[S
         run_headings=_headings(_RUN_HEADINGS),
         run_rows="\n".join(map(_run_row, runs)),
         legend=_legend(runs),
-        solved_legend=_legend(runs) if len(runs) > 1 else "",
+        solved_legend=_legend(runs, solved=True),
         worst_rows="\n".join(worst_rows),
         layer_headings=_headings(["layer", "shape", "format", *labels]),
         layer_rows=_layer_rows(runs),

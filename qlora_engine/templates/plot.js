@@ -8,7 +8,7 @@ const make = (parent, name, attributes, text) => {
 };
 const tip = (node, text) => make(node, "title", {}, text);
 const show = value => value.toFixed(4);
-const color = i => `var(--run-${i % 6})`;
+const color = i => `var(--run-${i % 8})`;
 
 // Axes of a plot whose y runs from 0 to top.
 const frame = (svg, width, height, top, ticks) => {
@@ -47,11 +47,12 @@ const drawHeat = (svg, layers, least, most, width = 960) => {
     return match ? [match[1] + match[2], match[3]] : ["-", name];
   };
   const rows = [...new Set(layers.map(l => place(l.name)[0]))], columns = [...new Set(layers.map(l => place(l.name)[1]))];
-  const cell = Math.max(10, Math.min(20, 600 / rows.length));
-  const left = 130, wide = (width - left - 12) / columns.length;
+  const cell = Math.max(12, Math.min(20, 600 / rows.length));
+  const left = 150, wide = (width - left - 12) / columns.length;
   svg.setAttribute("viewBox", `0 0 ${width} ${cell * rows.length + 40}`);
+  const letter = width < 700 ? 8 : 6.5; // pixels at the style's font sizes
   columns.forEach((name, i) => {
-    const short = name.length * 6 > wide ? "\u2026" + name.slice(-Math.max(3, Math.floor(wide / 6.5))) : name;
+    const short = name.length * letter > wide ? "\u2026" + name.slice(-Math.max(2, Math.floor(wide / letter) - 1)) : name;
     tip(make(svg, "text", {x: left + wide * (i + 0.5), y: 20, "text-anchor": "middle"}, short), name);
   });
   rows.forEach((name, i) => make(svg, "text", {x: left - 8, y: 30 + cell * (i + 0.75), "text-anchor": "end"}, name));
@@ -73,7 +74,7 @@ const quantile = (traces, i, q) => {
 // Objective by iteration, relative to its start: the median of each set of traces; of a single set the spread, too.
 const drawIterations = (svg, sets, stroke = color) => {
   const count = Math.max(...sets.flat().map(t => t.length)), steps = [...Array(count).keys()];
-  const top = 1.05 * Math.max(...sets.flatMap(traces => steps.map(i => quantile(traces, i, 0.9))));
+  const top = 1.05 * Math.max(...sets.filter(traces => traces.length).flatMap(traces => steps.map(i => quantile(traces, i, 0.9))));
   const {left, right, bottom, y} = frame(svg, 960, 240, top, 4);
   const x = i => left + (right - left) * i / (count - 1);
   sets.forEach((traces, number) => {
