@@ -37,6 +37,7 @@ class BlockStep:
         hessians: H by layer, float32 (in, in) or the diagonal (in,); layers with the same input have the same
             tensor; layers that were fed nothing are absent. Of the original inputs, or of the replaced ones
             with ``inputs="replaced"``.
+        means: E[x] by layer, float32 (in,).
         tokens: Tokens by layer, those of absent layers too (0).
         replaced: E[y y^T] of the inputs y through replaced blocks; only with ``inputs="both"``.
         cross: E[y x^T], rows of y and columns of the original x; only with ``inputs="both"``, and not where
@@ -49,6 +50,7 @@ class BlockStep:
     block: nn.Module
     targets: dict[str, Target]
     hessians: dict[str, Tensor]
+    means: dict[str, Tensor]
     tokens: dict[str, int]
     replaced: dict[str, Tensor] = field(default_factory=dict)
     cross: dict[str, Tensor] = field(default_factory=dict)
@@ -72,6 +74,11 @@ def means(groups: Mapping[str, Group], *, cross: bool = False) -> dict[str, Tens
             if moment is not None:
                 made[id(group)] = moment.mean(release=True).cpu()
     return {name: made[id(group)] for name, group in groups.items() if id(group) in made}
+
+
+def mean_inputs(groups: Mapping[str, Group]) -> dict[str, Tensor]:
+    """E[x] by layer on the CPU, float32 (in,)."""
+    return {name: group.moment.mean_input().cpu() for name, group in groups.items()}
 
 
 def walk_blocks(
@@ -143,8 +150,9 @@ class _Walk:
         inside = 0 <= index < len(self.blocks)
         path = self.blocks.prefix(index) if inside else ""
         block = self.blocks.layers[index] if inside else self.blocks.model
+        inputs = mean_inputs(groups)
         tokens = {name: groups[name].moment.tokens if name in groups else 0 for name in targets}
-        return BlockStep(path, index, len(self.blocks), block, targets, means(groups), tokens)
+        return BlockStep(path, index, len(self.blocks), block, targets, means(groups), inputs, tokens)
 
     def _keep(self, hidden: Tensor) -> Tensor:
         return hidden.to("cpu", self.activation_dtype or hidden.dtype)

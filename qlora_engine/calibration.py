@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_engine.blocks import Mode, NotSequential, make_batches, prepared, run_model
-from qlora_engine.blockwise import means, walk_blocks
+from qlora_engine.blockwise import mean_inputs, means, walk_blocks
 from qlora_engine.calibration_result import (
     Calibration,
     LayerInputs,
@@ -121,7 +121,7 @@ def calibrate(
                     max_full_width=max_full_width,
                 )
                 for step in steps:
-                    collector.take(step.targets, step.hessians, step.tokens)
+                    collector.take(step.targets, step.hessians, step.means, step.tokens)
                     if progress is not None:
                         done = min(step.index + 1, step.count)
                         progress(done, step.count, step.path or "around the blocks")
@@ -142,7 +142,7 @@ def calibrate(
             observer = _run_whole(model, texts, found, device, batch_size, max_full_width, progress)
             groups = observer.finish()
             tokens = {name: group.moment.tokens for name, group in groups.items()}
-            collector.take(found, means(groups), tokens)
+            collector.take(found, means(groups), mean_inputs(groups), tokens)
         sensitivities: dict[str, Tensor] = {}
         if sensitivity_windows:
             sensitivities = output_sensitivity(
@@ -166,6 +166,7 @@ def calibrate(
             mode=used,
             min_tokens=min_tokens,
             notes=tuple(notes),
+            means=collector.means,
             sensitivities=sensitivities,
         )
         return collector.finish(calibration)
@@ -211,6 +212,7 @@ class _Collector:
     def __init__(self, targets: Mapping[str, Target], path: Path | None, aliases: Mapping[str, str]) -> None:
         self.layers: dict[str, LayerInputs] = {}
         self.tensors: dict[str, Tensor] = {}
+        self.means: dict[str, Tensor] = {}
         self._path = path
         self._room = header_bytes(len(targets), aliases)
         self._writer: HessianWriter | None = None
@@ -226,7 +228,11 @@ class _Collector:
         self._stack.close()
 
     def take(
-        self, targets: Mapping[str, Target], hessians: Mapping[str, Tensor], tokens: Mapping[str, int]
+        self,
+        targets: Mapping[str, Target],
+        hessians: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor],
+        tokens: Mapping[str, int],
     ) -> None:
         facts: dict[int, LayerInputs] = {}
         for name, target in targets.items():
@@ -246,6 +252,7 @@ class _Collector:
                     dead=int(dead_inputs(hessian).sum()),
                     condition=condition(hessian) if hessian.shape[-1] <= CONDITION_UP_TO else None,
                 )
+                self.means[name] = inputs[name]
                 if self._writer is None:
                     self.tensors[name] = hessian
                 else:
@@ -256,8 +263,7 @@ class _Collector:
     def finish(self, calibration: Calibration) -> Calibration:
         if self._writer is None or self._path is None:
             return calibration
-        for name, values in calibration.sensitivities.items():
-            self._writer.add_sensitivity(name, values)
+        calibration.write_vectors(self._writer)
         self._writer.close({"format": "pt", "calibration": json.dumps(calibration.facts())})
         self._stack.pop_all()
         return Calibration.load(self._path)

@@ -64,6 +64,7 @@ class Calibration(Mapping[str, Tensor]):
         mode: "whole" or "blocks".
         min_tokens: Fewer make a Hessian that ``hessian`` does not give; None is ``enough_tokens``.
         notes: What a reader of the report should know.
+        means: E[x], float32 (in,), under the names of ``LayerInputs.stored``.
         sensitivities: Layer -> how much the loss minds its outputs, float32 (out,); empty if not asked for.
     """
 
@@ -77,6 +78,7 @@ class Calibration(Mapping[str, Tensor]):
     mode: str = "whole"
     min_tokens: int | None = None
     notes: tuple[str, ...] = ()
+    means: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     sensitivities: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -118,6 +120,14 @@ class Calibration(Mapping[str, Tensor]):
         if layer.tokens < needed and layer.kind == "full":
             return f"only {layer.tokens} calibration tokens reached it; {needed} are needed"
         return None
+
+    def mean_input(self, name: str) -> Tensor:
+        """E[x] of a layer's inputs, float32 (in,).
+
+        Raises:
+            KeyError: no token reached it.
+        """
+        return self.means[self.layers[self.names.get(name, name)].stored]
 
     def sensitivity(self, name: str) -> Tensor | None:
         """How much the loss minds each output of a layer, float32 (out,); None if it was not measured."""
@@ -173,12 +183,18 @@ class Calibration(Mapping[str, Tensor]):
         try:
             for stored in {layer.stored: None for layer in self.layers.values() if layer.stored}:
                 writer.add(stored, self.tensors[stored])
-            for name, values in self.sensitivities.items():
-                writer.add_sensitivity(name, values)
+            self.write_vectors(writer)
             writer.close({"format": "pt", "calibration": json.dumps(self.facts())})
         except BaseException:
             writer.abort()
             raise
+
+    def write_vectors(self, writer: HessianWriter) -> None:
+        """Mean inputs and sensitivities, into a file that is being written."""
+        for name, values in self.means.items():
+            writer.add_vector("mean", name, values)
+        for name, values in self.sensitivities.items():
+            writer.add_vector("sensitivity", name, values)
 
     def facts(self) -> dict[str, Any]:
         """Everything but the tensors, JSON-able."""
@@ -218,8 +234,14 @@ class Calibration(Mapping[str, Tensor]):
             missing = {layer.stored for layer in layers.values() if layer.stored} - set(tensors)
             if missing:
                 raise InputError(f"{path}: {len(missing)} Hessians are missing, among them {min(missing)}")
-            sensitivities = tensors.sensitivities
-            return cls(layers=layers, tensors=tensors, notes=notes, sensitivities=sensitivities, **facts)
+            return cls(
+                layers=layers,
+                tensors=tensors,
+                notes=notes,
+                means=tensors.vectors["mean"],
+                sensitivities=tensors.vectors["sensitivity"],
+                **facts,
+            )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise InputError(f"{path} is not a calibration file: {error!r}") from error
 

@@ -52,6 +52,7 @@ class SecondMoment:
     Attributes:
         tokens: Rows added so far.
         sum: float32 (width, width) with the lower triangle unfinished, or (width,).
+        first: Sum of x, float32 (width,).
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class SecondMoment:
         self.diagonal = diagonal
         self.tokens = 0
         self.sum = torch.zeros((width,) if diagonal else (width, width), device=device)
+        self.first = torch.zeros(width, device=device)
 
     def add(self, x: Tensor, *, sign: int = 1) -> None:
         """Count tokens.
@@ -81,6 +83,7 @@ class SecondMoment:
             raise ValueError(f"inputs {tuple(x.shape)} do not have {self.width} features")
         rows = x.detach().reshape(-1, self.width).to(self.sum.device, torch.float32)  # (n, width)
         self.tokens += sign * rows.shape[0]
+        self.first.add_(rows.sum(0), alpha=sign)
         if self.diagonal:
             self.sum.add_(rows.square().sum(0), alpha=sign)
             return
@@ -103,12 +106,15 @@ class SecondMoment:
         if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.width:
             raise IndexError(f"ids in [{int(flat.min())}, {int(flat.max())}] for {self.width} embeddings")
         self.tokens += flat.numel()
-        self.sum += torch.bincount(flat, minlength=self.width)
+        counts = torch.bincount(flat, minlength=self.width)
+        self.sum += counts
+        self.first += counts
 
     def copy(self) -> SecondMoment:
         """An independent one with the same tokens."""
         other = SecondMoment(self.width, diagonal=self.diagonal, device=self.sum.device)
         other.sum.copy_(self.sum)
+        other.first.copy_(self.first)
         other.tokens = self.tokens
         return other
 
@@ -121,6 +127,10 @@ class SecondMoment:
         if release:
             self.sum = mean.new_empty(0)
         return mean if self.diagonal else mirror_(mean)
+
+    def mean_input(self) -> Tensor:
+        """E[x], float32 (width,)."""
+        return self.first / max(self.tokens, 1)
 
 
 class CrossMoment:

@@ -20,7 +20,8 @@ from qlora_engine.files import rename_into_place
 from qlora_engine.hessian import unpack_upper
 from qlora_engine.safetensors_io import MAX_HEADER_BYTES, TensorEntry, read_header
 
-_UPPER, _DIAGONAL, _SENSITIVITY = ".upper", ".diagonal", ".sensitivity"
+_UPPER, _DIAGONAL = ".upper", ".diagonal"
+VECTORS = ("mean", "sensitivity")
 
 
 class HessianWriter:
@@ -57,12 +58,12 @@ class HessianWriter:
         shape = [(self._position - begin) // 4]
         self._header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, self._position]}
 
-    def add_sensitivity(self, name: str, values: Tensor) -> None:
-        """Append the sensitivities of a layer's outputs, float32 (out,)."""
+    def add_vector(self, kind: str, name: str, values: Tensor) -> None:
+        """Append what else is known of a layer, one of ``VECTORS``, as float32 (n,)."""
         begin = self._position
         self._write(values.detach().to("cpu", torch.float32).contiguous())
         entry = {"dtype": "F32", "shape": [values.numel()], "data_offsets": [begin, self._position]}
-        self._header[name + _SENSITIVITY] = entry
+        self._header[f"{name}.{kind}"] = entry
 
     def _write(self, values: Tensor) -> None:
         self._position += self._file.write(values.numpy().data)
@@ -95,7 +96,7 @@ class HessianFile(Mapping[str, Tensor]):
 
     Attributes:
         metadata: Text to text.
-        sensitivities: Name -> sensitivities of a layer's outputs.
+        vectors: One of ``VECTORS`` -> name -> (n,).
 
     Raises:
         InputError: not such a file.
@@ -107,15 +108,15 @@ class HessianFile(Mapping[str, Tensor]):
             raise InputError(f"no such calibration file: {path}")
         entries, self.metadata = read_header(path)
         self._entries: dict[str, TensorEntry] = {}
-        self.sensitivities: dict[str, Tensor] = {}
+        self.vectors: dict[str, dict[str, Tensor]] = {kind: {} for kind in VECTORS}
         for key, entry in entries.items():
-            known = key.endswith((_UPPER, _DIAGONAL, _SENSITIVITY))
-            if entry.dtype != "F32" or len(entry.shape) != 1 or not known:
+            name, _, kind = key.rpartition(".")
+            if entry.dtype != "F32" or len(entry.shape) != 1 or kind not in ("upper", "diagonal", *VECTORS):
                 raise InputError(f"{path}: tensor '{key}' is not a Hessian; is this a calibration file?")
-            if key.endswith(_SENSITIVITY):
-                self.sensitivities[key.removesuffix(_SENSITIVITY)] = entry.read()
+            if kind in VECTORS:
+                self.vectors[kind][name] = entry.read()
             else:
-                self._entries[key.removesuffix(_UPPER).removesuffix(_DIAGONAL)] = entry
+                self._entries[name] = entry
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]

@@ -26,6 +26,7 @@ def windows(*lengths: int) -> list[Tensor]:
 def assert_same(a: Calibration, b: Calibration) -> None:
     assert list(a) == list(b)
     for name in a:
+        torch.testing.assert_close(a.mean_input(name), b.mean_input(name), rtol=1e-3, atol=1e-5)
         assert a.layers[name].tokens == b.layers[name].tokens
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5 * float(a[name].abs().max()))
 
@@ -110,6 +111,7 @@ def test_plain_torch_module() -> None:
     calibration = calibrate(model, [ids])
     x = model[0](ids).detach()
     torch.testing.assert_close(calibration["1"], x.T @ x / 40)
+    torch.testing.assert_close(calibration.mean_input("1"), x.mean(0))
 
 
 def test_experts_on_disk_and_in_memory_have_their_names(make_checkpoint: Callable[..., Path]) -> None:
@@ -169,10 +171,11 @@ def test_save_and_load(make_model: Callable[..., Any], tmp_path: Path) -> None:
     assert list(loaded) == list(calibration)
     for name in calibration:
         assert torch.equal(loaded[name], calibration[name])
+        assert torch.equal(loaded.mean_input(name), calibration.mean_input(name))
     with safe_open(path, "pt") as file:  # the library reads it too, and finds shared ones once
         keys = list(file.keys())
         assert file.metadata()["format"] == "pt"
-    assert len(keys) == loaded.summary()["hessians"]
+    assert len([key for key in keys if not key.endswith(".mean")]) == loaded.summary()["hessians"]
     assert "model.layers.0.self_attn.q_proj.upper" in keys
     assert "model.layers.0.self_attn.k_proj.upper" not in keys
     assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
@@ -186,6 +189,7 @@ def test_save_to_writes_while_it_runs(make_checkpoint: Callable[..., Path], tmp_
     assert streamed.names == kept.names
     for name in kept:
         assert torch.equal(streamed[name], kept[name])
+        assert torch.equal(streamed.mean_input(name), kept.mean_input(name))
     again = Calibration.load(path)
     assert again.layers == streamed.layers == kept.layers
 

@@ -28,6 +28,7 @@ def test_add_is_the_mean_outer_product_and_symmetric(width: int) -> None:
     rows = x.reshape(-1, width).double()
     assert moment.tokens == 21
     torch.testing.assert_close(moment.mean().double(), rows.T @ rows / 21, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moment.mean_input().double(), rows.mean(0), rtol=1e-5, atol=1e-6)
     assert torch.equal(moment.mean(), moment.mean().T)
 
 
@@ -48,6 +49,8 @@ def test_add_takes_away_what_it_added() -> None:
     moment.add(y, sign=-1)
     assert moment.tokens == 40
     torch.testing.assert_close(moment.mean(), expected.mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moment.mean_input(), expected.mean_input(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moment.copy().mean_input(), moment.mean_input())
 
 
 def test_add_refuses_another_width() -> None:
@@ -73,6 +76,7 @@ def test_add_ids_gives_token_frequencies() -> None:
     moment.add_ids(torch.tensor([[0, 1, 1], [4, 1, 0]]))
     moment.add_ids(torch.tensor([], dtype=torch.long))
     torch.testing.assert_close(moment.mean(), torch.tensor([2 / 6, 3 / 6, 0, 0, 1 / 6]))
+    assert torch.equal(moment.mean_input(), moment.mean())
     with pytest.raises(IndexError, match="5 embeddings"):
         moment.add_ids(torch.tensor([5]))
     with pytest.raises(ValueError, match="diagonal=True"):
