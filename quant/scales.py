@@ -55,7 +55,7 @@ def search_scales(
     if one_launch is not None and weight.numel():
         flat = weight.reshape(-1)
         base, _ = reference.absmax_scales(flat, fmt, block_size)
-        return one_launch(flat, fmt, block_size, base, _multipliers(fmt, signed), importance), None
+        return one_launch(flat, fmt, block_size, base, search.multipliers(fmt, signed), importance), None
     return search.search(weight, fmt, block_size, signed, pick)
 
 
@@ -80,10 +80,6 @@ def search_nested_scales(
     """
     pick = _importance_of(weight, importance)
     return nested._replace(codes=search.search_nested(weight, spec.fmt, spec.block_size, zeros, nested, pick))
-
-
-def _multipliers(fmt: Format, signed: bool) -> list[float]:
-    return search.multipliers(fmt, signed)
 
 
 def _importance_of(weight: Tensor, importance: Tensor | None) -> search.Pick | None:

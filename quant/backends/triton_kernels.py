@@ -225,7 +225,7 @@ def _launch_dequantize(
 
 
 @triton.jit
-def _nearest(x, thresholds_ptr, BITS: tl.constexpr):
+def nearest_rank(x, thresholds_ptr, BITS: tl.constexpr):
     """Thresholds below x: a binary search, BITS gathers instead of 2**BITS comparisons."""
     rank = tl.zeros_like(x).to(tl.int32)
     for i in tl.static_range(BITS):
@@ -299,7 +299,7 @@ def _quantize_kernel(
         x = tl.where(short[:, None], tl.div_rn(w, tl.broadcast_to(divisor[:, None], w.shape)), x)
     if AFFINE:
         x = x + zero[:, None]
-    code = tl.load(order_ptr + _nearest(x, thresholds_ptr, BITS)).to(tl.int32)
+    code = tl.load(order_ptr + nearest_rank(x, thresholds_ptr, BITS)).to(tl.int32)
     if not EVEN:
         code = tl.where(at < numel, code, FILL)
     BYTES: tl.constexpr = BLOCK_SIZE * BITS // 8
@@ -393,32 +393,33 @@ def _search_kernel(
     at = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     inside = at < numel
     w = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    one = tl.full((BLOCKS,), 1.0, tl.float32)
+    tiny = tl.full((BLOCKS,), _TINY, tl.float32)
+    # in units of the block's absmax scale, where squares neither overflow nor vanish
+    base = tl.load(base_ptr + block, mask=block < n_blocks, other=0.0)
+    w = w * tl.div_rn(one, tl.where(tl.abs(base) < tiny, one, base))[:, None]
     if IMPORTANCE:
         h = tl.load(importance_ptr + at % n_columns, mask=inside, other=0.0)
     else:
         h = inside.to(tl.float32)
     hw = h * w
-    base = tl.load(base_ptr + block, mask=block < n_blocks, other=0.0)
-    one = tl.full((BLOCKS,), 1.0, tl.float32)
-    tiny = tl.full((BLOCKS,), _TINY, tl.float32)
-    best, best_gain = base, tl.zeros((BLOCKS,), tl.float32)
+    best, best_gain = one, tl.zeros((BLOCKS,), tl.float32)
     for i in range(n_multipliers):
-        s = base * tl.load(multipliers_ptr + i)
-        s = tl.where(tl.abs(s) < tiny, tl.where(s < 0.0, -tiny, tiny), s)
-        rank = _nearest(w * tl.div_rn(one, s)[:, None], thresholds_ptr, BITS)
+        s = one * tl.load(multipliers_ptr + i)
+        rank = nearest_rank(w * tl.div_rn(one, s)[:, None], thresholds_ptr, BITS)
         c = tl.load(sorted_levels_ptr + rank)
         num = tl.sum(hw * c, 1)
         fit = tl.div_rn(num, tl.maximum(tl.sum(h * c * c, 1), tiny))
         better = num * fit > best_gain
         best_gain = tl.where(better, num * fit, best_gain)
         best = tl.where(better, fit, best)
-    chosen, chosen_error = base, tl.full((BLOCKS,), float("inf"), tl.float32)
-    candidate = base
+    chosen, chosen_error = one, tl.full((BLOCKS,), float("inf"), tl.float32)
+    candidate = one
     for i in tl.static_range(
         REFINEMENTS + 1
     ):  # the base first, then the best of the grid and its refinements
         s = tl.where(tl.abs(candidate) < tiny, tl.where(candidate < 0.0, -tiny, tiny), candidate)
-        rank = _nearest(w * tl.div_rn(one, s)[:, None], thresholds_ptr, BITS)
+        rank = nearest_rank(w * tl.div_rn(one, s)[:, None], thresholds_ptr, BITS)
         c = tl.load(sorted_levels_ptr + rank)
         residual = w - c * candidate[:, None]
         error = tl.sum(h * residual * residual, 1)
@@ -430,7 +431,7 @@ def _search_kernel(
         else:
             den = tl.sum(h * c * c, 1)
             candidate = tl.where(den > 0.0, tl.div_rn(tl.sum(hw * c, 1), tl.maximum(den, tiny)), candidate)
-    tl.store(scales_ptr + block, chosen, mask=block < n_blocks)
+    tl.store(scales_ptr + block, tl.where(chosen == 1.0, base, base * chosen), mask=block < n_blocks)
 
 
 def search_scales(

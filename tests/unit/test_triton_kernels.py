@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from quant import formats, scales
+from quant import formats, scales, search
 from quant.backends import reference, triton_kernels
 from quant.nested import double_dequantize, double_quantize
 from quant.spec import QuantSpec
@@ -95,7 +95,7 @@ def test_search_scales_finds_the_reference_error(name: str, weighted: bool) -> N
         torch.rand(w.numel(), generator=torch.Generator().manual_seed(0)).to(DEVICE) if weighted else None
     )
     base, _ = reference.absmax_scales(w, spec.fmt, 64)
-    grid = scales._multipliers(spec.fmt, True)
+    grid = search.multipliers(spec.fmt, True)
     got = triton_kernels.search_scales(w, spec.fmt, 64, base, grid, importance)
     want, _ = scales.search_scales(w.cpu(), spec, True, None if importance is None else importance.cpu())
     # torch ranks the grid on a tabulated codebook and sums in another order: in a few blocks another of two
