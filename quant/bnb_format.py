@@ -45,6 +45,15 @@ def why_not_bnb(spec: QuantSpec) -> str | None:
     return None
 
 
+def misread_on_cpu(spec: QuantSpec, shape: torch.Size | tuple[int, ...]) -> bool:
+    """Whether bitsandbytes 0.50.2 may decode such a weight wrongly on a CPU with AVX512.
+
+    Its kernel takes every row to start a block, so rows (the last dimension) must be a multiple of the block
+    size; otherwise all rows but the first get other blocks' scales. Its CUDA kernels are right.
+    """
+    return len(shape) > 1 and shape[-1] % spec.block_size != 0
+
+
 def to_bnb(name: str, q: QuantizedTensor) -> dict[str, Tensor]:
     """The tensors that bitsandbytes' serialised layout stores for ``q``, by their full names; not copied.
 

@@ -5,6 +5,9 @@ Known differences, counted below:
 - Nested scales. bitsandbytes' CPU encoder looks the 8-bit codes up in a table of 65,536 cells; ours, and its
   CUDA code, take the nearest level. The two are one level apart in about 0.2 % of the codes.
 - A group of 256 equal scales leaves nothing to encode: bitsandbytes writes code 0, ours 127, both mean 0.
+- Decoding on a CPU with AVX512, bitsandbytes takes a row to start a block. Where the row length is no multiple
+  of the block size it decodes garbage (rows of an odd or a few other lengths go another way and are right); seen
+  as one long row the same bytes are decoded right, which is what is compared with.
 """
 
 import copy
@@ -43,7 +46,7 @@ SHAPES = [
 
 
 def weights(shape, quant_type, dtype=torch.float32, seed=0):
-    """Gaussian; where there is room also every tie and its neighbours, zeros, constants, tiny, huge blocks."""
+    """Gaussian; where there is room also every tie and its neighbours, zeros, constants, tiny, huge ones."""
     w = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).flatten()
     t = tables(QuantSpec(quant_type).fmt, torch.device("cpu")).thresholds
     far = torch.tensor(torch.inf)
@@ -83,11 +86,18 @@ def test_codes_and_scales_are_the_same_bytes(quant_type, dtype, backend):
 @pytest.mark.parametrize("quant_type", TYPES)
 def test_many_random_weights_give_the_same_bytes(quant_type):
     for seed in range(20):
-        w = weights((64, 1024), quant_type, seed=seed) * 10.0 ** (seed - 10)
+        w = weights((64, 1024), quant_type, seed=seed) * 10.0 ** (seed - 13)
         codes, state = theirs(w, 64, quant_type)
         q = quantize(w, QuantSpec(quant_type))
         assert torch.equal(q.codes, codes.flatten())
         assert torch.equal(q.scales, state.absmax)
+
+
+def decoded(codes, state):
+    """What they decode, seen as one row: blocks need not end with the rows."""
+    state = copy.copy(state)
+    shape, state.shape = state.shape, torch.Size((1, state.shape.numel()))
+    return functional.dequantize_4bit(codes, state).view(shape)
 
 
 @pytest.mark.parametrize("quant_type", TYPES)
@@ -98,16 +108,29 @@ def test_values_are_the_same_bits(quant_type, dtype, nested):
         w = weights((32, 256), quant_type, dtype)
         codes, state = theirs(w, block_size, quant_type, nested)
         q = bnb_format.from_quant_state(codes, state)
-        expected = functional.dequantize_4bit(codes, state)
+        expected = decoded(codes, state)
+        if 256 % block_size == 0:
+            assert torch.equal(functional.dequantize_4bit(codes, state), expected)
         for backend in ("auto", "reference", "bnb"):
             assert torch.equal(q.dequantize(backend=backend), expected), (block_size, backend)
 
 
-def test_values_of_an_odd_shape_are_the_same_bits():
-    w = weights((9, 455), "nf4")
-    codes, state = theirs(w, 64, "nf4", True)
-    expected = functional.dequantize_4bit(codes, state)
-    assert torch.equal(bnb_format.from_quant_state(codes, state).dequantize(), expected)
+@pytest.mark.parametrize("shape", [(10, 430), (64, 96), (3, 50), (1, 2)])
+def test_values_of_rows_that_share_a_block_are_the_same_bits(shape):
+    codes, state = theirs(weights(shape, "nf4"), 64, "nf4", True)
+    q = bnb_format.from_quant_state(codes, state)
+    assert torch.equal(q.dequantize(), decoded(codes, state))
+    assert torch.equal(q.dequantize(backend="bnb"), q.dequantize())
+
+
+def test_their_cpu_kernel_misreads_rows_that_share_a_block():
+    """Should this fail, they have repaired it: drop the note above and ``bnb_format.misread_on_cpu``."""
+    w = torch.randn(8, 96)
+    codes, state = theirs(w, 64, "nf4")
+    right = torch.equal(functional.dequantize_4bit(codes, state), decoded(codes, state))
+    assert right == (torch.backends.cpu.get_cpu_capability() != "AVX512")
+    assert bnb_format.misread_on_cpu(QuantSpec("nf4"), w.shape)
+    assert not bnb_format.misread_on_cpu(QuantSpec("nf4", 32), w.shape)
 
 
 def test_dynamic_map_is_theirs():
@@ -118,7 +141,7 @@ def test_dynamic_map_is_theirs():
 def test_nested_scales_differ_by_one_level_in_few_codes(quant_type):
     differ = total = 0
     for seed in range(6):
-        w = weights((512, 512), quant_type, seed=seed)
+        w = torch.randn(512, 512, generator=torch.Generator().manual_seed(seed))
         _, state = theirs(w, 64, quant_type, True)
         q = quantize(w, QuantSpec(quant_type, 64, True))
         assert torch.equal(q.nested_offset, state.offset)
@@ -129,7 +152,7 @@ def test_nested_scales_differ_by_one_level_in_few_codes(quant_type):
         differ += int((distance > 0).sum())
         total += distance.numel()
     print(f"{differ} of {total} nested codes differ ({100 * differ / total:.2f} %)")
-    assert differ <= 0.006 * total
+    assert 0 < differ <= 0.006 * total
 
 
 def test_nested_codes_are_nearer_where_they_differ():
@@ -186,7 +209,7 @@ def test_they_read_what_we_write(quant_type, nested, rule):
         state = functional.QuantState.from_dict(
             {key.removeprefix("w."): value for key, value in tensors.items()}, device=torch.device("cpu")
         )
-        assert torch.equal(functional.dequantize_4bit(codes, state), q.dequantize())
+        assert torch.equal(decoded(codes, state), q.dequantize())
         if rule == "signed-mse" and quant_type == "nf4":
             assert (q.dense_scales() < 0).any()
         if rule == "signed-mse" and nested:
