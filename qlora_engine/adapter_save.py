@@ -120,21 +120,12 @@ def _difference_to(
     It applies to the weights as they were before PiSSA, OLoRA or LoftQ took their part out of them.
 
     Raises:
-        ValueError: rank-stabilised scaling with patterns: no single factor restores it; or the initial
-            adapter would be initialised from the weights when it is loaded.
+        ValueError: rank-stabilised scaling with patterns: no single factor restores it.
     """
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise ValueError(
             "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported when "
             "using `rank_pattern` or `alpha_pattern` at the same time as `use_rslora=True`."
-        )
-    init = PeftConfig.from_pretrained(initial).init_lora_weights
-    if isinstance(init, str) and (
-        init.lower().startswith("pissa") or init.lower() in ("corda", "olora", "lora_ga")
-    ):
-        raise ValueError(
-            "The `init_lora_weights` parameter of the initial adapter should be set to `True`. Otherwise, "
-            "loading it would decompose the residual model again."
         )
     before = load_peft_weights(initial)
     result = {}

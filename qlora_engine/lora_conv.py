@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .config import LoraConfig
@@ -82,6 +83,24 @@ class _ConvNd(LoraLayer, nn.Module):
 
     def _shape_norm(self, norm: Tensor) -> Tensor:
         return norm.reshape(1, -1, *(1,) * (self.get_base_layer().weight.dim() - 2))
+
+    @torch.no_grad()
+    def _compute_norm(self, A: Tensor, B: Tensor, scaling: float, transposed: bool) -> Tensor:
+        """As LoraLayer's; with groups, of the dense kernel: the branch sees all inputs, the base its
+        group's."""
+        base = self.get_base_layer()
+        groups = base.groups
+        if groups == 1:
+            return super()._compute_norm(A, B, scaling, transposed)
+        weight = base.weight.float().flatten(2)  # (out, in / groups, kernel)
+        width, kernel = weight.shape[1:]
+        norms = []
+        parts = zip(weight.chunk(groups), A.float().chunk(groups), B.float().chunk(groups), strict=True)
+        for i, (rows, factor_A, factor_B) in enumerate(parts):
+            total = (scaling * factor_B @ factor_A).view(-1, width * groups, kernel)
+            total[:, i * width : (i + 1) * width] += rows
+            norms.append(total.flatten(1).norm(dim=1))
+        return torch.cat(norms)
 
     def _dora_forward(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         A, B = self.lora_A[adapter], self.lora_B[adapter]

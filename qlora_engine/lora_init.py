@@ -57,6 +57,8 @@ def initialise_adapter(layer: LoraLayer, adapter: str, config: LoraConfig, name:
     """
     init = config.init_lora_weights
     A, _ = layer.get_factors(adapter)
+    if isinstance(init, str) and init.lower() == "mica":
+        _freeze_B(layer, adapter)
     if isinstance(init, bool) or A.is_meta:
         layer.reset_lora_parameters(adapter, init if isinstance(init, bool) else True)
         return
@@ -69,6 +71,8 @@ def initialise_adapter(layer: LoraLayer, adapter: str, config: LoraConfig, name:
         nn.init.zeros_(layer.lora_B[adapter].weight)
     elif init == "orthogonal":
         _initialise_orthogonal(layer, adapter, name)
+    elif kind == "mica":
+        _initialise_mica(layer, adapter)
     elif init == "eva":
         layer.reset_lora_parameters(adapter, True)
     else:
@@ -205,6 +209,28 @@ def _initialise_from_weight(layer: LoraLayer, adapter: str, method: str, name: s
     elif result.base is not None:
         residual: Tensor = result.base  # type: ignore[assignment]
         store_weight(base, residual.t().contiguous() if layer.fan_in_fan_out else residual)
+
+
+def _initialise_mica(layer: LoraLayer, adapter: str) -> None:
+    """B: the left singular vectors of the smallest singular values, frozen; A = 0 (arXiv:2604.01694)."""
+    embedding = _is_embedding(layer)
+    weight = dense_weight(layer.get_base_layer()).float()
+    weight = weight.t() if embedding or layer.fan_in_fan_out else weight  # (out, in)
+    rank = layer.r[adapter]
+    if weight.dim() != 2 or rank > min(weight.shape):
+        raise ValueError(
+            f"MiCA requires `r` <= min(in_features, out_features) but got r={rank} for a layer with weight "
+            f"shape {tuple(weight.shape)}."
+        )
+    U, _, _ = torch.linalg.svd(weight, full_matrices=False)
+    A, B = layer.get_factors(adapter)
+    A.data.zero_()
+    B.data.copy_(U[:, -rank:])
+
+
+def _freeze_B(layer: LoraLayer, adapter: str) -> None:
+    attribute = "lora_embedding_B" if adapter in layer.lora_embedding_B else "lora_B"
+    layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter: (attribute,)}
 
 
 def _initialise_orthogonal(layer: LoraLayer, adapter: str, name: str) -> None:

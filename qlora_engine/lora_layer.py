@@ -196,14 +196,17 @@ class LoraLayer(BaseTunerLayer):
         scaling = self.scaling[adapter]
         transposed = self.fan_in_fan_out or adapter in self.lora_embedding_A
         if holder is None or self.training or not caching():
-            return adapted_norm(self.get_base_layer(), A.detach(), B.detach(), scaling, transposed=transposed)
+            return self._compute_norm(A.detach(), B.detach(), scaling, transposed)
         base = next(self.get_base_layer().parameters())
         key = (*((t.data_ptr(), t._version) for t in (A, B, base)), scaling)
         norm: Tensor | None = holder.cached_norm(key)
         if norm is None:
-            norm = adapted_norm(self.get_base_layer(), A.detach(), B.detach(), scaling, transposed=transposed)
+            norm = self._compute_norm(A.detach(), B.detach(), scaling, transposed)
             holder.keep_norm(key, norm)
         return norm
+
+    def _compute_norm(self, A: Tensor, B: Tensor, scaling: float, transposed: bool) -> Tensor:
+        return adapted_norm(self.get_base_layer(), A, B, scaling, transposed=transposed)
 
     _magnitude_class: type[DoraLinearLayer] = DoraLinearLayer
 

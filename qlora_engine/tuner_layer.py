@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -41,6 +42,9 @@ class BaseTunerLayer:
 
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
+    # Adapter -> containers whose weights its method keeps frozen; replaced on instances, never changed in
+    # place.
+    frozen_peft_weight_names: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"
     merged_adapters: list[str]
@@ -121,18 +125,22 @@ class BaseTunerLayer:
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters active and trainable (unless ``inference_mode``), all others neither."""
         names = as_names(adapter_names)
-        for container in self._containers():
-            for name, item in container.items():
-                set_requires_grad_of(item, name in names and not inference_mode)
+        for attribute in self.adapter_layer_names:
+            for name, item in getattr(self, attribute).items():
+                trains = name in names and not inference_mode
+                set_requires_grad_of(item, trains and not self._stays_frozen(attribute, name))
         self._active_adapter = names
+
+    def _stays_frozen(self, attribute: str, adapter_name: str) -> bool:
+        return attribute in self.frozen_peft_weight_names.get(adapter_name, ())
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the weights of these adapters train, or not, active or not."""
         names = set(as_names(adapter_names))
-        for container in self._containers():
-            for name, item in container.items():
+        for attribute in self.adapter_layer_names:
+            for name, item in getattr(self, attribute).items():
                 if name in names:
-                    set_requires_grad_of(item, requires_grad)
+                    set_requires_grad_of(item, requires_grad and not self._stays_frozen(attribute, name))
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters of the layer on (the active ones train again) or off (none trains)."""
@@ -150,6 +158,8 @@ class BaseTunerLayer:
             container = getattr(self, attribute)
             if adapter_name in container:
                 del container[adapter_name]
+        frozen = self.frozen_peft_weight_names
+        self.frozen_peft_weight_names = {name: frozen[name] for name in frozen if name != adapter_name}
         if adapter_name not in self.active_adapters:
             return
         still_active = [name for name in self.active_adapters if name != adapter_name]
