@@ -242,8 +242,11 @@ def next_steps(out: Path, plan: Plan, report: RunReport) -> str:
     classes["FEATURE_EXTRACTION"] = "AutoModel"
     auto = classes.get(str(task), plan.architecture.class_name)
     if report.save_format == "native":
-        call = f"qlora_engine.from_pretrained({str(out)!r}, is_trainable=True)"
-        load = f"    import qlora_engine\n    model = {call}\n"
+        load = (
+            "    import qlora_engine as qe\n"
+            f"    model = qe.from_pretrained({str(out)!r})\n"
+            f"    model = qe.PeftModel.from_pretrained(model, {str(adapter)!r}, is_trainable=True)\n"
+        )
     else:
         load = (
             f"    from transformers import {auto}\n"

@@ -492,3 +492,37 @@ def test_rows_that_bitsandbytes_misreads_on_a_cpu_are_noted(
     assert (
         "multiple of their block" not in invoke(source, tmp_path / "b", "--rank", 4, "--block-size", 32).out
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("save_format", ["bnb", "native", "dense"])
+def test_engine_loads_what_the_stock_stack_loads(
+    tmp_path: Path,
+    make_checkpoint: MakeCheckpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    save_format: str,
+) -> None:
+    """The same logits from this engine, without bitsandbytes, for every save format of one solution."""
+    import sys
+
+    import qlora_engine
+
+    source = make_checkpoint(name, dtype=torch.float32, **WIDE[name])
+    for folder, chosen in (("bnb", "bnb"), ("other", save_format)):
+        options = ["--rank", 4, "--alpha", 8, "--save-format", chosen, "--dtype", "float32"]
+        assert invoke(source, tmp_path / folder, *options).code == 0
+    ids = torch.arange(3, 35).reshape(2, 16)
+    with torch.no_grad():
+        _, stock, _ = load_stock(tmp_path / "bnb")
+        for layer in linear4bit(stock.eval()).values():
+            layer.train()  # in eval mode, bitsandbytes repacks and computes in bfloat16 on some CPUs
+        wanted = stock(input_ids=ids)[0]
+        in_bfloat16 = stock.eval()(input_ids=ids)[0]
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+        model = qlora_engine.from_pretrained(tmp_path / "other")
+        model = qlora_engine.PeftModel.from_pretrained(model, tmp_path / "other" / "loftq_init")
+        found = model.eval()(input_ids=ids)[0]
+    largest = wanted.abs().max().item()
+    assert (found - wanted).abs().max().item() < 1e-5 * largest
+    assert (found - in_bfloat16).abs().max().item() < 1e-2 * largest

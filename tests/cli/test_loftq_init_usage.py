@@ -184,7 +184,8 @@ def test_what_a_reader_sees_last(tmp_path: Path, make_checkpoint: MakeCheckpoint
     assert "qlora-merge" in result.out
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     native = invoke(make_checkpoint("llama"), tmp_path / "native", "--rank", 4, "--bits", 2)
-    assert f"qlora_engine.from_pretrained('{tmp_path / 'native'}', is_trainable=True)" in native.out
+    assert f"qe.from_pretrained('{tmp_path / 'native'}')" in native.out
+    assert f"qe.PeftModel.from_pretrained(model, '{tmp_path / 'native' / 'loftq_init'}'" in native.out
 
 
 def on_a_terminal(*arguments: Any, **environment: str) -> str:
