@@ -83,8 +83,9 @@ def initialise(
             rsLoRA, rank_pattern, alpha_pattern. A correction is divided by it, evenly in A and B; a start for
             training (default, gaussian, eva, ...) is not.
         factor_dtype: Of A and B as stored; the errors are those of the rounded factors.
-        hessian: Second moment E[x x^T] of the layer's inputs, (in, in). With it the output errors are
-            reported, and the calibrated methods can run.
+        hessian: Second moment E[x x^T] of the layer's inputs, (in, in), or only its diagonal (in,), which
+            measures as if inputs were uncorrelated. With it the output errors are reported, and the
+            calibrated methods can run.
         **options: The other fields of InitRequest: iters, scales, svd, start, seed, damping, mean, tokens,
             whiten, kind, name.
 
@@ -171,10 +172,15 @@ def _checked(
     if method.needs_hessian and request.hessian is None:
         raise InputError(f"{method.name} needs the second moment of the layer's inputs")
     in_features = weight.shape[1]
-    for field, shape in (("hessian", (in_features, in_features)), ("mean", (in_features,))):
+    square, diagonal = (in_features, in_features), (in_features,)
+    for field, shapes in (("hessian", (square, diagonal)), ("mean", (diagonal,))):
         given = getattr(request, field)
-        if given is not None and given.shape != shape:
-            raise InputError(f"{title}: {field} has shape {tuple(given.shape)}, expected {shape}")
+        if given is not None and given.shape not in shapes:
+            expected = " or ".join(map(str, shapes))
+            raise InputError(f"{title}: {field} has shape {tuple(given.shape)}, expected {expected}")
+    only_diagonal = request.hessian is not None and request.hessian.ndim == 1
+    if only_diagonal and method.needs_hessian and not method.diagonal_hessian:
+        raise InputError(f"{title}: {method.name} needs the whole second moment, not its diagonal alone")
     W = weight.detach().float().contiguous()
     norm = frobenius(W)
     if not math.isfinite(norm):
@@ -243,8 +249,9 @@ def _measure(E: Tensor, W: Tensor, norm: float, hessian: Tensor | None) -> _Erro
 
 
 def _squared(X: Tensor, H: Tensor) -> float:
-    """tr(X H X^T), in blocks of rows."""
+    """tr(X H X^T) in blocks of rows, H (in, in) or diagonal (in,)."""
     total = X.new_zeros((), dtype=torch.float64)
     for rows in X.split(_ROWS):
-        total += (rows @ H).mul_(rows).sum(dim=1).double().sum()
+        seen = rows * H if H.ndim == 1 else rows @ H
+        total += seen.mul_(rows).sum(dim=1).double().sum()
     return max(float(total), 0.0)

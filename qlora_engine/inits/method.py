@@ -30,7 +30,8 @@ class InitRequest:
         svd: "fast" (residual within 1.001 of the best) or "exact".
         start: Of LoftQ's alternation: "zero", or "svd" of the weight (QPiSSA).
         seed: Of everything random. None: torch's global generator, as PEFT does.
-        hessian: Second moment E[x x^T] of the layer's inputs, float32 (in, in), not damped.
+        hessian: Second moment E[x x^T] of the layer's inputs, float32 (in, in), or only its diagonal (in,);
+            not damped.
         damping: Multiple of the mean of diag(hessian) that methods add to it before they factorise it.
         mean: Mean input, (in,), and ``tokens``, how many inputs were seen: EVA uses both.
         whiten: EVA: divide the directions by the root of their singular values.
@@ -111,6 +112,7 @@ class Method:
         quantizes: ``solve`` returns the quantised base and needs a spec. A method that corrects and doesn't
             quantise leaves the residual weight - B @ A as the base.
         needs_hessian: ``solve`` needs ``request.hessian``, and its objective is the output error.
+        diagonal_hessian: ``solve`` also does with the diagonal of the second moment, (in,).
         variant: Makes the method of a name that begins with this one's, such as pissa_niter_4.
     """
 
@@ -120,6 +122,7 @@ class Method:
     corrects: bool = False
     quantizes: bool = False
     needs_hessian: bool = False
+    diagonal_hessian: bool = False
     variant: Callable[[str], Method] | None = None
 
 

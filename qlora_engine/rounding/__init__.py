@@ -1,0 +1,18 @@
+"""Rounding in a metric: GPTQ, coordinate descent and the joint refit of scales, for every format."""
+
+from .grid import Grid
+from .metric import cholesky, damp, downdate, objective
+from .refit import refit_scales
+from .sweep import anneal, coordinate_descent, gptq
+
+__all__ = [
+    "Grid",
+    "anneal",
+    "cholesky",
+    "coordinate_descent",
+    "damp",
+    "downdate",
+    "gptq",
+    "objective",
+    "refit_scales",
+]

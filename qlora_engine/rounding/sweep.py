@@ -1,0 +1,246 @@
+"""Rounding column after column in a metric: GPTQ and coordinate descent.
+
+Both minimise tr((W - Q) M (W - Q)^T) for a metric M (in, in) and are one loop: column c is rounded to the
+level nearest to ``base[c] + sum_{i<c} drift[i] * feedback[i, c]``. They differ in what drifts (the rounding
+error of column i, or its change) and in the feedback (a triangular factor of M, or M over its diagonal).
+The loop over 64-128 columns is :func:`_sweep_columns`; what reaches later columns is one matrix product a
+block.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from .grid import Grid
+from .metric import feedback_factor, objective
+
+# Columns in one inner loop: the product that feeds the rest is then wide enough for BLAS and the block of
+# errors (128 x out_features) still fits a CPU's level-2 cache.
+BLOCK_COLUMNS = 128
+
+
+def gptq(target: Tensor, grid: Grid, metric: Tensor, *, damping: float = 0.01) -> Tensor:
+    """Round ``target`` in a metric, feeding every column's error forward (GPTQ with a codebook).
+
+    Columns go in order of decreasing diag(M). With M = U U^T, U upper triangular in that order, the error is
+    sum_j U_jj^2 (e_j + sum_{i<j} e_i U_ij / U_jj)^2, so column j is rounded after adding the second term.
+    This equals feeding forward through the Cholesky factor of M^-1 and needs no inverse.
+
+    Args:
+        target: Transposed weight to approximate, (in_features, out_features) float32.
+        grid: Levels and fixed scales.
+        metric: Positive semi-definite (in_features, in_features) float32.
+        damping: Multiple of the mean of diag(M) added to the diagonal before it is factorised.
+
+    Returns:
+        Transposed codes, (in_features, out_features) uint8.
+
+    Source: Frantar et al., arXiv:2210.17323; the factorisation without an inverse as in QuIP,
+        arXiv:2307.13304.
+    """
+    in_features = target.shape[0]
+    order = torch.argsort(metric.diagonal(), descending=True, stable=True)
+    feedback = feedback_factor(metric[order][:, order], damping)  # (in, in) unit upper triangular
+    ordered = target[order]
+    codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
+    errors = torch.empty_like(target)  # (in, out), in processing order
+    rounder = _Rounder(grid)
+    for start in range(0, in_features, BLOCK_COLUMNS):
+        stop = min(start + BLOCK_COLUMNS, in_features)
+        columns = order[start:stop]
+        base = anchor = ordered[start:stop]
+        if start:
+            base = torch.addmm(anchor, feedback[:start, start:stop].T, errors[:start])
+        block_codes, values = rounder(columns, base, anchor, feedback[start:stop, start:stop])
+        codes[columns] = block_codes
+        errors[start:stop] = anchor - values
+    return codes
+
+
+def coordinate_descent(
+    target: Tensor, codes: Tensor, grid: Grid, metric: Tensor, *, sweeps: int = 1
+) -> Tensor:
+    """Improve codes one column at a time; tr(E M E^T) never rises (exactly: up to float32 rounding).
+
+    For column c the best value given all others is t = Q_c + (E M)_c / M_cc, and since the cost is a parabola
+    about t the best level is the nearest one. A column with M_cc = 0 keeps its codes.
+
+    Args:
+        target: Transposed weight to approximate, (in_features, out_features) float32.
+        codes: Transposed codes to start from, (in_features, out_features) uint8. Not modified.
+        grid: Levels and fixed scales.
+        metric: Positive semi-definite (in_features, in_features) float32.
+        sweeps: Passes over all columns.
+
+    Returns:
+        Transposed codes, (in_features, out_features) uint8.
+    """
+    descent = _Descent(target, codes, grid, metric)
+    for _ in range(sweeps):
+        descent.sweep()
+    return descent.codes
+
+
+def anneal(
+    target: Tensor,
+    codes: Tensor,
+    grid: Grid,
+    metric: Tensor,
+    *,
+    sweeps: int,
+    temperature: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Coordinate descent with noise that dies down, to leave local minima; every row keeps its best codes.
+
+    Before a column is rounded, Gaussian noise is added whose deviation is ``temperature`` times the mean
+    distance of the levels, falling linearly to zero at the last sweep. A row's codes are replaced only by
+    better ones, so that tr(E M E^T) does not rise in any row.
+
+    Args:
+        target: As for :func:`coordinate_descent`.
+        codes: As for :func:`coordinate_descent`.
+        grid: As for :func:`coordinate_descent`.
+        metric: As for :func:`coordinate_descent`.
+        sweeps: Passes over all columns, the last of them without noise.
+        temperature: Deviation at the first sweep, in level distances.
+        generator: Of the noise, on the device of ``target``.
+
+    Returns:
+        Transposed codes, (in_features, out_features) uint8.
+    """
+    descent = _Descent(target, codes, grid, metric)
+    best, least = codes.clone(), objective(descent.errors, metric)
+    for i in range(sweeps):
+        descent.sweep(temperature * (1 - (i + 1) / sweeps), generator)
+        now = objective(descent.errors, metric)
+        best = torch.where(now < least, descent.codes, best)
+        least = torch.minimum(now, least)
+    return best
+
+
+class _Descent:
+    """Codes, their values and errors while columns are changed one after another."""
+
+    def __init__(self, target: Tensor, codes: Tensor, grid: Grid, metric: Tensor) -> None:
+        self.codes = codes.clone()
+        self.values = grid.values(codes)
+        self.errors = target - self.values
+        self._metric = metric
+        diagonal = metric.diagonal()
+        self._alive = diagonal > 0
+        self._inverse = torch.where(self._alive, 1 / diagonal, torch.zeros_like(diagonal))
+        self._rounder = _Rounder(grid)
+        self._columns = torch.arange(target.shape[0], device=target.device)
+
+    def sweep(self, temperature: float = 0.0, generator: torch.Generator | None = None) -> None:
+        """One pass over all columns."""
+        for start in range(0, len(self._columns), BLOCK_COLUMNS):
+            block = slice(start, start + BLOCK_COLUMNS)
+            old, inverse = self.values[block], self._inverse[block]
+            base = torch.addcmul(old, self._metric[block] @ self.errors, inverse[:, None])
+            feedback = self._metric[block, block] * inverse
+            codes, values = self._rounder(
+                self._columns[block], base, old, feedback, temperature=temperature, generator=generator
+            )
+            alive = self._alive[block, None]
+            self.codes[block] = torch.where(alive, codes, self.codes[block])
+            values = torch.where(alive, values, old)
+            self.errors[block] += old - values
+            self.values[block] = values
+
+
+class _Rounder:
+    """Prepares a block of columns for :func:`_sweep_columns`: sorted levels, scales and their inverses."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.levels, self.code_of = torch.sort(
+            grid.levels, stable=True
+        )  # fp4's codes are not in the order of their values
+        self.midpoints = (self.levels[1:] + self.levels[:-1]) / 2
+        self.code_of = self.code_of.to(torch.uint8)
+        spread = grid.levels.max() - grid.levels.min()
+        self.distance = float(spread) / (len(grid.levels) - 1)
+
+    def __call__(
+        self,
+        columns: Tensor,
+        base: Tensor,
+        anchor: Tensor,
+        feedback: Tensor,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        scales, zeros = self.grid.columns(columns)
+        if temperature > 0:
+            noise = torch.randn(base.shape, generator=generator, device=base.device)
+            base = torch.addcmul(base, noise, scales, value=temperature * self.distance)
+        inverse = torch.where(scales == 0, torch.zeros_like(scales), 1 / scales)
+        ranks, values = _sweep_columns(
+            base.contiguous(),
+            anchor.contiguous(),
+            feedback.contiguous(),
+            scales,
+            inverse,
+            zeros,
+            self.levels,
+            self.midpoints,
+        )
+        return self.code_of[ranks.long()], values
+
+
+def _sweep_columns(
+    base: Tensor,
+    anchor: Tensor,
+    feedback: Tensor,
+    scales: Tensor,
+    inverse: Tensor,
+    zeros: Tensor | None,
+    levels: Tensor,
+    midpoints: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Round n columns in sequence, all rows at once: the inner loop, and nothing that waits for the host.
+
+    Args:
+        base: What each column would be rounded from if no column of the block drifted, (n, out) float32.
+        anchor: What a column's drift is measured from: drift = anchor - value, (n, out) float32.
+        feedback: Weight of column i's drift in column c's target, (n, n); only its part i < c is read.
+        scales: Scale of every element, (n, out).
+        inverse: 1 / scales, and 0 where the scale is 0.
+        zeros: Zero of every element in units of the levels, (n, out), or None.
+        levels: Levels in ascending order, (n_levels,).
+        midpoints: Halfway between neighbouring levels, (n_levels - 1,).
+
+    Returns:
+        Index into ``levels``, (n, out) int32, and the values (level - zero) * scale, (n, out) float32.
+    """
+    if base.device.type == "cuda" and find_spec("triton") is not None:
+        from quant.backends import triton_rounding
+
+        return triton_rounding.sweep_columns(
+            base, anchor, feedback, scales, inverse, zeros, levels, midpoints
+        )
+    drift = torch.empty_like(anchor)
+    values = torch.empty_like(anchor)
+    ranks = torch.empty(anchor.shape, dtype=torch.int32, device=anchor.device)
+    feedback_by_column = feedback.T.contiguous()
+    for c in range(base.shape[0]):
+        target = base[c]
+        if c:
+            target = torch.addmv(target, drift[:c].T, feedback_by_column[c, :c])
+        unit = target * inverse[c]
+        if zeros is not None:
+            unit += zeros[c]
+        rank = torch.bucketize(unit, midpoints, out_int32=True)
+        ranks[c] = rank
+        level = levels[rank]
+        if zeros is not None:
+            level -= zeros[c]
+        torch.mul(level, scales[c], out=values[c])
+        torch.sub(anchor[c], values[c], out=drift[c])
+    return ranks, values
