@@ -209,12 +209,14 @@ class _Pieces:
         return self._path(layer, "done").exists()
 
     def put(self, layer: LayerPlan, solved: SolvedLayer) -> None:
-        """Keep a layer. The second file's name is what says that both are whole."""
+        """Keep a layer. The second file says that both are whole; the sync of its name covers both."""
         facts = {"report": dumps(solved.report.to_json()), "digest": solved.digest}
-        for kind, tensors, about in (("base", solved.base, None), ("done", solved.factors, facts)):
-            temporary = self._path(layer, f"{kind}.tmp")
-            write_file(temporary, tensors, about)
-            rename_into_place(temporary, self._path(layer, kind))
+        base, done = self._path(layer, "base"), self._path(layer, "done")
+        temporary = self.folder / "piece.tmp"
+        write_file(temporary, solved.base)
+        os.replace(temporary, base)
+        write_file(temporary, solved.factors, facts)
+        rename_into_place(temporary, done)
 
     def base(self, layer: LayerPlan) -> list[TensorEntry]:
         return list(read_header(self._path(layer, "base"))[0].values())
