@@ -158,13 +158,11 @@ class _Rounder:
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
-        self.levels, self.code_of = torch.sort(
-            grid.levels, stable=True
-        )  # fp4's codes are not in the order of their values
+        # fp4's codes are not in the order of their values
+        self.levels, self.code_of = torch.sort(grid.levels, stable=True)
         self.midpoints = (self.levels[1:] + self.levels[:-1]) / 2
         self.code_of = self.code_of.to(torch.uint8)
-        spread = grid.levels.max() - grid.levels.min()
-        self.distance = float(spread) / (len(grid.levels) - 1)
+        self.distance = (self.levels[-1] - self.levels[0]) / len(self.midpoints)
 
     def __call__(
         self,
@@ -178,8 +176,8 @@ class _Rounder:
     ) -> tuple[Tensor, Tensor]:
         scales, zeros = self.grid.columns(columns)
         if temperature > 0:
-            noise = torch.randn(base.shape, generator=generator, device=base.device)
-            base = torch.addcmul(base, noise, scales, value=temperature * self.distance)
+            noise = torch.randn(base.shape, generator=generator, device=base.device).mul_(self.distance)
+            base = torch.addcmul(base, noise, scales, value=temperature)
         inverse = torch.where(scales == 0, torch.zeros_like(scales), 1 / scales)
         ranks, values = _sweep_columns(
             base.contiguous(),
