@@ -12,7 +12,6 @@ Source: Liu et al. 2024, arXiv:2402.09353, section 4.3.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,24 +33,35 @@ class DoraLinearLayer(nn.Module):
         self.weight = nn.Parameter(magnitude)
         self._norm: Tensor | None = None
         self._norm_key: tuple[Any, ...] = ()
+        # What PEFT's DoraCaching is seen to fill; the norm above is kept and checked without it, too.
+        self._dora_cache: dict[str, Tensor] = {}
 
     def cached_norm(self, key: tuple[Any, ...]) -> Tensor | None:
         """The norm kept for ``key``, if that is what is kept."""
-        return self._norm if self._norm is not None and self._norm_key == key else None
+        norm = self._norm if self._norm_key == key else None
+        self._show(norm)
+        return norm
 
     def keep_norm(self, key: tuple[Any, ...], norm: Tensor) -> None:
         """Keep ``norm`` until another key or ``train()``."""
         self._norm, self._norm_key = norm, key
+        self._show(norm)
+
+    def _show(self, norm: Tensor | None) -> None:
+        self._dora_cache.clear()
+        if norm is not None and _caching:
+            self._dora_cache["weight-norm"] = norm
 
     def train(self, mode: bool = True) -> DoraLinearLayer:
         """As nn.Module; training forgets the kept norm."""
         if mode:
-            self._norm = None
+            self._norm, self._norm_key = None, ()
+            self._dora_cache.clear()
         super().train(mode)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_norm": None, "_norm_key": ()}
+        return {**self.__dict__, "_norm": None, "_norm_key": (), "_dora_cache": {}}
 
     def _get_name(self) -> str:
         return "lora.dora." + type(self).__name__
@@ -106,20 +116,38 @@ def adapted_norm(module: nn.Module, A: Tensor, B: Tensor, scaling: float, *, tra
     return squares.clamp_(min=0).sqrt_()
 
 
-_caching = True
+_caching: bool | None = None  # None: as True, without showing it
 
 
-@contextmanager
-def DoraCaching(enabled: bool = True) -> Iterator[None]:
-    """Keep the norms between evaluation forwards (the default here), or don't, within the block."""
-    global _caching
-    before, _caching = _caching, enabled
-    try:
-        yield
-    finally:
-        _caching = before
+class DoraCaching:
+    """Keep the norms between evaluation forwards, or don't: within a ``with`` block, or from a call on.
+
+    Without it they are kept, too, and checked: a norm is computed anew as soon as a factor, the scaling or
+    the base weight is another tensor or was changed in place. ``DoraCaching(False)`` keeps none.
+
+    Args:
+        enabled: Within the block.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._before: list[bool | None] = []
+
+    def __enter__(self) -> None:
+        global _caching
+        self._before.append(_caching)
+        _caching = self.enabled
+
+    def __exit__(self, *args: object) -> None:
+        global _caching
+        _caching = self._before.pop()
+
+    def __call__(self, enabled: bool = True) -> None:
+        """From now on keep them, or (False) do as if nothing had been said."""
+        global _caching
+        _caching = True if enabled else None
 
 
 def caching() -> bool:
     """Whether evaluation may reuse a norm."""
-    return _caching and not torch.compiler.is_compiling()
+    return _caching is not False and not torch.compiler.is_compiling()
