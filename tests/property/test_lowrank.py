@@ -35,7 +35,7 @@ def test_truncated_svd_is_within_a_thousandth_of_the_best(
     wide = M.double().numpy()
     best = np.sqrt(np.square(np.linalg.svd(wide, compute_uv=False)[rank:]).sum())
     left = np.linalg.norm(wide - (U * S) @ Vh)
-    assert left <= 1.001 * best + 2e-6 * np.linalg.norm(wide)
+    assert left <= 1.001 * best + 5e-6 * np.linalg.norm(wide)
 
 
 @settings(max_examples=30)

@@ -10,7 +10,7 @@ from qlora_engine.errors import InputError
 from qlora_engine.lowrank import LowRankFactors, check_rank, truncated_svd
 
 # Plus float32's rounding of the whole: what is left of a matrix of lower rank is nothing else.
-ROUNDING = 2e-6
+ROUNDING = 5e-6
 
 
 def optimum(M: Tensor, rank: int) -> float:
