@@ -36,6 +36,9 @@ _HOME: dict[str, str] = {
         "adapter_state": "get_peft_model_state_dict set_peft_model_state_dict get_base_model_state_dict "
         "set_base_model_state_dict load_peft_weights",
         "compare": "error_report",
+        "texts": "load_texts",
+        "calibration": "Calibration calibrate",
+        "blockwise": "walk_blocks",
     }.items()
     for name in names.split()
 }

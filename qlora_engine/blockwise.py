@@ -1,7 +1,8 @@
 """Run a model one block at a time over all its windows, so that one block's weights are in memory.
 
-The windows' hidden states wait on the CPU between blocks. A caller may replace the weights of a block before
-its output is computed, so that later blocks are measured behind what the earlier ones have become.
+Between blocks the windows' hidden states wait, on the CPU or where a GPU has room for them. A caller may
+replace the weights of a block before its output is computed, so that later blocks are measured behind what
+the earlier ones have become.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from qlora_engine.errors import InputError
 from qlora_engine.observe import Group, Observer, Target, find_targets
 from qlora_engine.partial_model import PartialModel
 
+_SHARE_OF_FREE = 0.25  # the rest is for a block, its Hessians and what a batch computes
 Inputs = Literal["original", "replaced", "both"]
 
 
@@ -106,7 +108,7 @@ def walk_blocks(
         device: Where a block computes; None is where the model is, or the CPU.
         batch_size: Windows of equal length that run at once.
         dtype: Of weights loaded from a folder.
-        activation_dtype: In which hidden states wait (on the CPU) between blocks; None is the model's.
+        activation_dtype: In which hidden states wait between blocks; None is the model's.
         max_full_width: Wider inputs keep only the diagonal of H.
         trust_remote_code: Let Python files of the folder run.
 
@@ -141,6 +143,7 @@ class _Walk:
     inputs: Inputs
     activation_dtype: torch.dtype | None
     max_full_width: int | None
+    _waiting: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def _observer(self, targets: Mapping[str, Target], **options: Any) -> Observer:
         return Observer(targets, max_full_width=self.max_full_width, **options)
@@ -155,7 +158,14 @@ class _Walk:
         return BlockStep(path, index, len(self.blocks), block, targets, means(groups), inputs, tokens)
 
     def _keep(self, hidden: Tensor) -> Tensor:
-        return hidden.to("cpu", self.activation_dtype or hidden.dtype)
+        return hidden.to(self._waiting, self.activation_dtype or hidden.dtype)
+
+    def _choose_where_to_wait(self, start: Tensor, tokens: int) -> None:
+        """Hidden states wait on the CPU, or on a GPU where two streams of them take little of its room."""
+        if self.blocks.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.blocks.device)
+            stream = start.element_size() * start.shape[-1] * tokens
+            self._waiting = self.blocks.device if 2 * stream < _SHARE_OF_FREE * free else self._waiting
 
     def _enter(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         return hidden.to(self.blocks.device, dtype)
@@ -176,6 +186,8 @@ class _Walk:
             with observer:
                 for ids in batches:
                     start, recorded = recorder.capture(ids, observer)
+                    if not calls:
+                        self._choose_where_to_wait(start, sum(map(Tensor.numel, batches)))
                     original.append(self._keep(start))
                     calls.append(recorded)
             compute_dtype = start.dtype

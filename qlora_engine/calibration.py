@@ -105,7 +105,7 @@ def calibrate(
         names = [partial.names.get(name, name) for name in names]
     found = find_targets(model, names)
     aliases = {} if partial is None else {k: v for k, v in partial.names.items() if v in found}
-    collector = _Collector(found, None if save_to is None else Path(save_to), aliases)
+    collector = _Collector(found, None if save_to is None else Path(save_to), aliases, device)
     notes: list[str] = []
     used = mode
     with collector:
@@ -209,7 +209,14 @@ def _run_whole(
 class _Collector:
     """Takes Hessians as they come, into memory or into a file, with the facts about each layer."""
 
-    def __init__(self, targets: Mapping[str, Target], path: Path | None, aliases: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        targets: Mapping[str, Target],
+        path: Path | None,
+        aliases: Mapping[str, str],
+        device: torch.device | str | None,
+    ) -> None:
+        self._device = device
         self.layers: dict[str, LayerInputs] = {}
         self.tensors: dict[str, Tensor] = {}
         self.means: dict[str, Tensor] = {}
@@ -250,7 +257,7 @@ class _Collector:
                     "full" if hessian.ndim == 2 else "diagonal",
                     stored=name,
                     dead=int(dead_inputs(hessian).sum()),
-                    condition=condition(hessian) if hessian.shape[-1] <= CONDITION_UP_TO else None,
+                    condition=self._condition(hessian),
                 )
                 self.means[name] = inputs[name]
                 if self._writer is None:
@@ -259,6 +266,11 @@ class _Collector:
                     self._writer.add(name, hessian)
             known = facts[id(hessian)]
             self.layers[name] = replace(known, weight_shape=shape, weight_sample=sample)
+
+    def _condition(self, hessian: Tensor) -> float | None:
+        if hessian.shape[-1] > CONDITION_UP_TO:
+            return None
+        return condition(hessian if self._device is None else hessian.to(self._device))
 
     def finish(self, calibration: Calibration) -> Calibration:
         if self._writer is None or self._path is None:
