@@ -71,7 +71,7 @@ def candidates(suite: str, formats: list[str], *, block_size: int, peft: bool) -
     """The rows of a suite: for each format the plain ones, then by rank those with factors."""
     for name in formats:
         spec = QuantSpec(name, block_size)
-        for scales in ("absmax", "mse", "signed-mse"):
+        for scales in ("absmax", "mse", "signed-mse") if suite == "weights" else ("absmax", "signed-mse"):
             yield Candidate("plain", spec, scales=scales)
         for rank in RANKS[suite]:
             if peft and name == "nf4" and block_size == 64 and rank == 16:
@@ -179,6 +179,8 @@ def run(arguments: argparse.Namespace) -> list[Measured]:
         for candidate in candidates(
             arguments.suite, chosen_formats, block_size=arguments.block_size, peft=not arguments.skip_peft
         ):
+            if arguments.methods and candidate.method not in ("plain", *arguments.methods):
+                continue
             row = measure(
                 model_name,
                 model,
@@ -221,6 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--suite", choices=list(FORMATS), default="weights")
     parser.add_argument("--model", choices=["smollm2", "minilm"], nargs="+", default=["minilm", "smollm2"])
     parser.add_argument("--formats", nargs="+", help="only these formats")
+    parser.add_argument("--methods", nargs="+", help="only these methods, beside the plain rows")
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth Linear")
     parser.add_argument("--windows", type=int, default=32, help="windows of text (default 32)")

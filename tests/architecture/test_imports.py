@@ -138,11 +138,15 @@ def _loaded(statement: str, *, without: tuple[str, ...] = ()) -> set[str]:
     """Top-level modules loaded after ``statement`` in a new interpreter that lacks ``without``."""
     code = f"""
 import sys
-class Absent:
+class Without:
+    # Finds what a finder finds, but for packages that shall be as if they had not been installed.
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {without!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Absent())
+        return None if name.split(".")[0] in {without!r} else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = map(Without, sys.meta_path)
 {statement}
 print(*sorted({{name.split(".")[0] for name in sys.modules}}))
 """
