@@ -1,0 +1,87 @@
+"""The parts of scripts/: environments are made once and whole, the demo computes what it prints."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scripts import demo
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def make_env(target: Path, *steps: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    """env.sh's make_env with the interpreter that runs this test."""
+    command = f'. "{SCRIPTS / "env.sh"}" && make_env "$@"'
+    return subprocess.run(
+        ["bash", "-c", command, "bash", str(target), *steps],
+        env=os.environ | {"PYTHON": python},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_make_env_is_made_once_and_goes_on_after_an_interruption(tmp_path: Path) -> None:
+    target = tmp_path / "venv"
+    first = make_env(target)
+    assert first.returncode == 0, first.stderr
+    assert "is ready" in first.stdout
+    assert make_env(target).stdout == ""  # its stamp says that it is whole
+
+    (target / ".stamp").unlink()  # as an interrupted run leaves it
+    kept = (target / "pyvenv.cfg").stat().st_ino
+    assert "is ready" in make_env(target).stdout
+    assert (target / "pyvenv.cfg").stat().st_ino == kept
+
+    failing = make_env(target, "--no-index no-such-package-here")  # another step: not the same environment
+    assert failing.returncode != 0
+    assert "pip install --no-index no-such-package-here failed" in failing.stderr
+    assert "no-such-package-here" not in (target / ".stamp").read_text()
+
+
+def test_make_env_names_what_is_missing(tmp_path: Path) -> None:
+    result = make_env(tmp_path / "venv", python="/nowhere/python")
+    assert result.returncode != 0
+    assert "Python 3.10 or newer is needed (tried: /nowhere/python)" in result.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_scripts_parse() -> None:
+    scripts = [path for path in SCRIPTS.iterdir() if path.is_file() and path.suffix != ".py"]
+    assert {"demo", "env.sh", "matrix", "test"} <= {path.name for path in scripts}
+    for path in [*scripts, SCRIPTS.parent / ".ci" / "run"]:
+        subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_demo_perplexity_is_the_models_own_loss(
+    make_model: Callable[..., Any], make_tokenizer: Callable[[], Any]
+) -> None:
+    tokens = demo.text_windows(make_tokenizer())
+    assert tokens.shape == (demo.WINDOWS, demo.LENGTH)
+    assert len({tuple(row.tolist()) for row in tokens}) == demo.WINDOWS
+    model = make_model("llama", max_position_embeddings=demo.LENGTH)
+    with torch.no_grad():
+        expected = model(input_ids=tokens, labels=tokens).loss.exp().item()
+    assert demo.perplexity(model, tokens) == pytest.approx(expected, rel=1e-5)
+
+
+def test_demo_error_table_takes_geometric_means() -> None:
+    layers = [
+        {"name": "m.0.up", "error_plain": 0.04, "error": 0.02},
+        {"name": "m.1.up", "error_plain": 0.09, "error": 0.08},
+        {"name": "m.0.down", "error_plain": 0.06, "error": 0.06},
+    ]
+    rows = {line.split()[0]: line.split() for line in demo.error_table({"layers": layers}).splitlines()}
+    assert rows["up"] == ["up", "2", "0.0600", "0.0400", "33.3%"]
+    assert rows["down"] == ["down", "1", "0.0600", "0.0600", "0.0%"]
+    assert rows["all"][2:] == ["3", "0.0600", "0.0458", "23.7%"]
