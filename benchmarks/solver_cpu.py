@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.common import save, table
 from benchmarks.peers import peft_loftq
 from qlora_engine.inits import Initialised, initialise
+from qlora_engine.inits.method import frobenius
 from qlora_engine.lowrank import truncated_svd
 from quant import QuantizedTensor, QuantSpec, quantize
 
@@ -114,7 +115,7 @@ def loftq_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 Q, A, B = peft(lambda W=W: peft_loftq(W, rank, few))
                 row["peft s"] = peft.wall[0] * iters / few
                 row["x peft"] = row["peft s"] / row["ours s"]
-                row["error / peft"] = same.error / float((W - Q - B @ A).norm() / W.norm())
+                row["error / peft"] = same.error * frobenius(W) / frobenius(W - Q - B @ A)
             yield row
 
 
@@ -126,20 +127,21 @@ def svd_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             M = residual(W)
             exact, cold, warm = Stopwatch(), Stopwatch(), Stopwatch()
             U, S, Vh = exact(lambda M=M: torch.linalg.svd(M, full_matrices=False))
-            best = float((M - (U[:, :rank] * S[:rank]) @ Vh[:rank]).norm())
+            best = frobenius(M - (U[:, :rank] * S[:rank]) @ Vh[:rank])
             for _ in range(arguments.repeats):
                 u, s, vh = cold(lambda M=M, rank=rank: truncated_svd(M, rank))
             # What LoftQ's next iteration decomposes, from this iteration's row space.
             following = residual(W - (u * s) @ vh, W)
             for _ in range(arguments.repeats):
                 again = warm(lambda F=following, rank=rank, vh=vh: truncated_svd(F, rank, start=vh.mT))
-            left = torch.linalg.svdvals(following)[rank:].norm()
+            U, S, Vh = torch.linalg.svd(following, full_matrices=False)
+            left = frobenius(following - (U[:, :rank] * S[:rank]) @ Vh[:rank])
             yield {
                 "matrix": kind,
                 "shape": f"{out_features}x{in_features}",
                 "rank": rank,
-                "cold / best": float((M - (u * s) @ vh).norm()) / best,
-                "warm / best": float((following - (again[0] * again[1]) @ again[2]).norm() / left),
+                "cold / best": frobenius(M - (u * s) @ vh) / best,
+                "warm / best": frobenius(following - (again[0] * again[1]) @ again[2]) / left,
                 "cold cpu ms": cold.medians()[1] * 1e3,
                 "warm cpu ms": warm.medians()[1] * 1e3,
                 "exact cpu ms": exact.cpu[0] * 1e3,

@@ -161,6 +161,19 @@ def test_truncated_svd_warm_start_needs_one_application(m: int, n: int) -> None:
     assert cold > 1.005 * best  # so that the start, not luck, is what made the difference
 
 
+@pytest.mark.parametrize("rank", [8, 32, 50, 100, 150])
+@pytest.mark.parametrize("make", [gaussian, heavy_tailed])
+def test_truncated_svd_warm_start_in_loftqs_alternation(make, rank: int) -> None:
+    """Two steps of the loop the warm start is made for, with rounding to a grid for the quantiser."""
+    W = make(600, 600)
+    grid = float(W.std()) / 2
+    M = W - (W / grid).round() * grid
+    U, S, Vh = truncated_svd(M, rank)
+    M = W - ((W - (U * S) @ Vh) / grid).round() * grid
+    warm = left_over(M, *truncated_svd(M, rank, start=Vh.mT))
+    assert warm <= 1.001 * optimum(M, rank)
+
+
 @pytest.mark.parametrize("columns", [1, 3, 500])
 def test_truncated_svd_start_of_any_width(columns: int) -> None:
     M = gaussian(600, 500)
