@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -109,8 +110,11 @@ class Lock:
             if self._is_current():
                 break
             os.close(self._handle)  # the previous holder removed this file while we opened it
-        os.ftruncate(self._handle, 0)
-        os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(
+            OSError
+        ):  # the number only helps the reader of an error; the disk may be full
+            os.ftruncate(self._handle, 0)
+            os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)
 
     def _is_current(self) -> bool:
         try:

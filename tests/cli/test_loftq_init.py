@@ -526,3 +526,39 @@ def test_engine_loads_what_the_stock_stack_loads(
     largest = wanted.abs().max().item()
     assert (found - wanted).abs().max().item() < 1e-5 * largest
     assert (found - in_bfloat16).abs().max().item() < 1e-2 * largest
+
+
+def test_other_classes_on_the_same_files(tmp_path: Path, make_checkpoint: MakeCheckpoint) -> None:
+    """The base alone, and with a new head: the same modules are dense, and the head is not 4-bit."""
+    import transformers
+
+    source = make_checkpoint("llama", **WIDE["llama"])
+    assert invoke(source, tmp_path / "out", "--rank", 4, "--exclude-modules", "v_proj").code == 0
+    base, info = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    dense = [name for name, module in base.named_modules() if type(module) is torch.nn.Linear]
+    assert dense == ["layers.0.self_attn.v_proj", "layers.1.self_attn.v_proj"]
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", num_labels=3
+    )
+    assert type(classifier.score) is torch.nn.Linear
+
+
+def test_classifier(tmp_path: Path) -> None:
+    """A head that is no output embedding stays dense, and no task type makes PEFT train a copy of it."""
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=384, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    assert invoke(tmp_path / "model", tmp_path / "out", "--rank", 4).code == 0
+    report = check_stock(tmp_path / "out", tmp_path / "model")
+    assert len(report.layers) == 13
+    _, loaded, _ = load_stock(tmp_path / "out")
+    assert torch.equal(loaded.base_model.model.classifier.weight, model.classifier.weight)
+    written = json.loads((tmp_path / "out" / "loftq_init" / "adapter_config.json").read_text())
+    assert written["auto_mapping"]["base_model_class"] == "BertForSequenceClassification"
+    assert written["task_type"] is None
+    assert written["modules_to_save"] is None
