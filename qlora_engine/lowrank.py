@@ -19,8 +19,8 @@ SVD_METHODS = ("fast", "exact")
 # Columns that every block carries beyond the rank.
 OVERSAMPLE = 16
 # Applications of M^T M, by sweep on Gaussian matrices, the flattest spectra there are. Cold, 5 leave 1.0004x
-# the best residual at 2048^2 and rank 64, where 4 leave 1.0011x. With LoftQ's warm start one leaves 1.0005x up
-# to a rank of 1/12 of the shorter side and 1.0016x at 1/4, where two leave 1.00003x.
+# the best residual at 2048^2 and rank 64, where 4 leave 1.0011x. LoftQ's warm start leaves 1.0005x after one
+# up to a rank of 1/12 of the shorter side, and 1.0016x at 1/4, where two leave 1.00003x.
 COLD_APPLICATIONS = 5
 WARM_APPLICATIONS, WARM_APPLICATIONS_HIGH_RANK = 1, 2
 HIGH_RANK = 1 / 12  # of the shorter side
