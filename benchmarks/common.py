@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import time
@@ -128,10 +129,28 @@ def _cell(value: Any) -> str:
 
 
 def save(path: Path, *, command: Sequence[str], rows: Sequence[Any]) -> None:
-    """Write the rows (dicts or dataclasses) with the environment and the command that made them, as JSON."""
+    """Write the rows (dicts or dataclasses) with the environment and the command that made them, as JSON.
+
+    The command is kept as someone else would repeat it: as a module, without the folders of this machine.
+    """
     plain = [row if isinstance(row, dict) else asdict(row) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"command": list(command), "environment": environment(), "rows": plain}, indent=1)
+    values = {"command": _repeatable(command), "environment": environment(), "rows": plain}
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text + "\n")
+    unfinished.write_text(json.dumps(values, indent=1) + "\n")
     unfinished.replace(path)
+
+
+def _repeatable(command: Sequence[str]) -> str:
+    words = [word for word in command if word not in ("python", "-m")]
+    program = words[0].removesuffix(".py").replace("/", ".")
+    program = "benchmarks." + program.rpartition("benchmarks.")[2]
+    kept, position = [], 1
+    while position < len(words):
+        if words[position] == "--json":
+            position += 2
+            continue
+        word = words[position]
+        kept.append(Path(word).name if Path(word).is_absolute() else word)
+        position += 1
+    return shlex.join(["python", "-m", program, *kept])

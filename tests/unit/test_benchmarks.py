@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import activations, common, real_models
+from benchmarks import activations, common, real_models, results
 from qlora_engine import inits
 from quant import QuantSpec
 
@@ -40,12 +40,31 @@ def test_table_leaves_missing_cells_empty() -> None:
 
 
 def test_save_records_what_it_ran_on(tmp_path: Path) -> None:
-    common.save(tmp_path / "deep" / "rows.json", command=["x", "--y"], rows=[{"a": 1}])
+    command = [
+        str(tmp_path / "benchmarks" / "x.py"),
+        "--json",
+        "here.json",
+        "--text",
+        str(tmp_path / "a b.txt"),
+    ]
+    common.save(tmp_path / "deep" / "rows.json", command=command, rows=[{"a": 1}])
     saved = json.loads((tmp_path / "deep" / "rows.json").read_text())
     assert saved["rows"] == [{"a": 1}]
-    assert saved["command"] == ["x", "--y"]
+    assert saved["command"] == "python -m benchmarks.x --text 'a b.txt'"
     assert saved["environment"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["rows.json"]
+
+
+@pytest.mark.parametrize("command", [["benchmarks.x", "-n"], ["python", "-m", "benchmarks.x", "-n"]])
+def test_save_writes_a_command_to_repeat(tmp_path: Path, command: list[str]) -> None:
+    common.save(tmp_path / "rows.json", command=command, rows=[])
+    assert json.loads((tmp_path / "rows.json").read_text())["command"] == "python -m benchmarks.x -n"
+
+
+def test_results_page_is_up_to_date() -> None:
+    """RESULTS.md is made from the stored measurements: `python -m benchmarks.results` writes it."""
+    assert results.PAGE.read_text() == results.render()
+    assert results.STORED.is_dir()
 
 
 def test_windows_splits_do_not_overlap(make_tokenizer: Callable[[], Any]) -> None:
