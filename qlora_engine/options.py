@@ -22,8 +22,13 @@ DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
 def init_methods() -> list[str]:
-    """The initialisations that quantise the base and need no calibration."""
-    return [name for name in inits.names() if inits.get(name).quantizes and not inits.get(name).needs_hessian]
+    """The initialisations that quantise the base."""
+    return [name for name in inits.names() if inits.get(name).quantizes]
+
+
+def default_iters(method: str) -> int:
+    """Alternations where none were asked for: five as in LoftQ's paper, four of the dearer recipe."""
+    return 4 if method == "recipe" else 5
 
 
 def choice(option: str, value: str, allowed: Iterable[str]) -> str:
@@ -40,13 +45,19 @@ def choice(option: str, value: str, allowed: Iterable[str]) -> str:
     return value
 
 
-def parse_width(text: str | int) -> tuple[str, int | None]:
-    """A format name and perhaps a block size from ``4``, ``"nf4"`` or ``"int8/128"``.
+def parse_width(text: str | int) -> tuple[str, int | None, bool | None]:
+    """Format, block size and double quantisation from ``4``, ``"nf4"``, ``"int8/128"`` or
+    ``"nf3/64/double"``.
+
+    What is not said is None.
 
     Raises:
-        InputError: unknown width or format, or a block size that is no number.
+        InputError: unknown width or format, a block size that is no number, or another third part.
     """
-    name, _, block = str(text).partition("/")
+    name, _, rest = str(text).partition("/")
+    block, _, nested = rest.partition("/")
+    if nested:
+        choice("double quantisation", nested, ("double", "plain"))
     if name.isdecimal():
         if int(name) not in FORMAT_OF_BITS:
             raise InputError(f"{name} bits; allowed: {', '.join(map(str, FORMAT_OF_BITS))}")
@@ -54,7 +65,7 @@ def parse_width(text: str | int) -> tuple[str, int | None]:
     choice("format", name, formats.names())
     if block and not block.isdecimal():
         raise InputError(f"block size {block!r} in {text!r} is not a number")
-    return name, int(block) if block else None
+    return name, int(block) if block else None, (nested == "double") if nested else None
 
 
 @dataclass(frozen=True)
@@ -64,12 +75,13 @@ class InitOptions:
     Attributes:
         method: One of ``init_methods()``.
         format, block_size, double_quant: Of every quantised weight that ``bits_pattern`` does not name.
-        bits_pattern: Module-name regex -> width, format or "format/block size"; the first match wins.
+        bits_pattern: Module-name regex -> width, format, "format/block size" or "format/block size/double"
+            (or "/plain"); the first match wins.
         rank: Of every adapter that ``rank_pattern`` does not name.
         alpha: lora_alpha; None: the rank, which is a scaling of 1.
         rslora: Scaling is alpha / sqrt(rank).
         rank_pattern, alpha_pattern: As in LoraConfig.
-        iters, scales, svd, seed: Of the solver.
+        iters, scales, svd, seed, damping: Of the solver.
         target_modules: Names, one regex, or "all-linear".
         exclude_modules: Names or one regex.
         quantize_rest: Quantise the Linears without an adapter too.
@@ -97,6 +109,7 @@ class InitOptions:
     scales: str = "absmax"
     svd: str = "fast"
     seed: int = 0
+    damping: float = 0.01
     target_modules: tuple[str, ...] | str = "all-linear"
     exclude_modules: tuple[str, ...] | str = ()
     quantize_rest: bool = False
@@ -132,6 +145,8 @@ class InitOptions:
                     raise InputError(f"{name} {key and key + '='}{alpha!r}; it must be a positive number")
         if isinstance(self.iters, bool) or not isinstance(self.iters, int) or self.iters < 1:
             raise InputError(f"iters {self.iters!r}; it must be an integer of at least 1")
+        if not 0 <= self.damping < float("inf"):
+            raise InputError(f"damping {self.damping!r}; it must not be negative")
         self._check_regexes()
         for width in ("", *self.bits_pattern):
             self.spec_for(width)
@@ -147,9 +162,9 @@ class InitOptions:
 
     def spec_for(self, pattern: str) -> QuantSpec:
         """The spec of what the key ``pattern`` of ``bits_pattern`` names; any other key: the default."""
-        name, block = parse_width(self.bits_pattern.get(pattern, self.format))
+        name, block, nested = parse_width(self.bits_pattern.get(pattern, self.format))
         try:
-            return QuantSpec(name, block or self.block_size, self.double_quant)
+            return QuantSpec(name, block or self.block_size, self.double_quant if nested is None else nested)
         except (ValueError, TypeError) as error:
             raise InputError(str(error)) from error
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .adapter_io import write_adapter
+from .calibration_result import Calibration
 from .checkpoint import CONFIG_FILE, shard_names, split_shards, write_index
 from .config import LoraConfig
 from .errors import InputError
@@ -72,14 +73,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def describe_run(plan: Plan, device: torch.device) -> dict[str, Any]:
+def describe_run(plan: Plan, device: torch.device, calibrated: Any = None) -> dict[str, Any]:
     """What decides the output's bytes, JSON-able: a resumed run must have the same."""
     return {
         "options": plan.options.to_dict(),
         "input": plan.checkpoint.identity(),
         "device": device.type,
         "version": versions()["qlora-engine"],
-    }
+    } | ({} if calibrated is None else {"calibration": calibrated})
 
 
 def run(
@@ -92,6 +93,8 @@ def run(
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    calibration: Calibration | None = None,
+    calibrated: Any = None,
 ) -> RunReport:
     """Carry out ``plan`` and put the result into ``out`` in one step.
 
@@ -104,6 +107,8 @@ def run(
         overwrite: Replace ``out`` once the new output is whole.
         resume: Go on with an interrupted run; returns at once if ``out`` is already what this run would make.
         progress: Called after each layer with its report and whether it was finished by an earlier run.
+        calibration: Second moments of the layers' inputs, for the methods that need them.
+        calibrated: What identifies the calibration, JSON-able: a resumed run must have the same.
 
     Raises:
         InputError: what is there cannot be replaced or resumed, or the input turns out to be unusable. No
@@ -111,7 +116,7 @@ def run(
         OSError: disk full, a file vanished, ... Finished layers are kept for ``resume``.
     """
     began = time.perf_counter()
-    described = describe_run(plan, device)
+    described = describe_run(plan, device, calibrated)
     _check_apart(plan.checkpoint.folder, out)
     list(plan.checkpoint.side_files())  # refuses links that lead out of the folder
     Workspace.tidy(out)
@@ -121,7 +126,7 @@ def run(
     try:
         if not workspace.is_done:
             _check_space(plan, workspace)
-            before = _write_weights(plan, workspace, device, progress)
+            before = _write_weights(plan, workspace, device, progress, calibration)
             report = RunReport(
                 model=model or str(plan.checkpoint.folder),
                 command=command,
@@ -129,7 +134,7 @@ def run(
                 save_format=plan.save_format,
                 dtype=plan.dtype,
                 layers=(),
-                notes=plan.notes,
+                notes=plan.notes + _calibration_notes(calibration),
                 versions=versions(),
                 device=_device_name(device),
                 bytes_in=plan.checkpoint.nbytes,
@@ -232,8 +237,23 @@ class _Pieces:
         return LayerReport.from_json(json.loads(about["report"])), about["digest"]
 
 
+def _calibration_notes(calibration: Calibration | None) -> tuple[str, ...]:
+    if calibration is None:
+        return ()
+    facts = calibration.summary()
+    return (
+        f"calibrated on {facts['tokens']} tokens in {facts['windows']} windows, {facts['seconds']:.0f} s "
+        f"({facts['mode']}); {len(facts['not_usable'])} of {facts['layers']} layers without a second moment",
+        *calibration.notes,
+    )
+
+
 def _write_weights(
-    plan: Plan, workspace: Workspace, device: torch.device, progress: Progress | None
+    plan: Plan,
+    workspace: Workspace,
+    device: torch.device,
+    progress: Progress | None,
+    calibration: Calibration | None,
 ) -> float:
     """Solve what is not solved yet and write every shard that is not written yet; seconds of earlier runs."""
     pieces = _Pieces(workspace)
@@ -248,7 +268,7 @@ def _write_weights(
     sizes = _sizes(plan)
     runs = split_shards(list(sizes.values()), plan.options.max_shard_size)
     names = list(sizes)
-    solved = _solve(plan, [layer for layer in plan.layers if not pieces.has(layer)], device)
+    solved = _solve(plan, [layer for layer in plan.layers if not pieces.has(layer)], device, calibration)
     for run_, file_name in zip(runs, shard_names(len(runs)), strict=True):
         if (workspace.result / file_name).exists():
             continue
@@ -273,7 +293,9 @@ def _write_weights(
     return earlier
 
 
-def _solve(plan: Plan, layers: list[LayerPlan], device: torch.device) -> Iterator[SolvedLayer]:
+def _solve(
+    plan: Plan, layers: list[LayerPlan], device: torch.device, calibration: Calibration | None
+) -> Iterator[SolvedLayer]:
     """Solve in order, while a thread reads the next weight."""
     with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
         upcoming = reader.submit(layers[0].entry.read) if layers else None
@@ -281,7 +303,7 @@ def _solve(plan: Plan, layers: list[LayerPlan], device: torch.device) -> Iterato
             assert upcoming is not None
             weight = upcoming.result()
             upcoming = reader.submit(layers[number + 1].entry.read) if number + 1 < len(layers) else None
-            result = solve_layer(plan, layer, weight, device)
+            result = solve_layer(plan, layer, weight, device, calibration)
             del weight  # not held while the caller writes
             yield result
 

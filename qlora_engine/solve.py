@@ -12,8 +12,9 @@ from torch import Tensor
 from quant import QuantizedTensor
 
 from .adapter_io import factor_names
+from .calibration_result import Calibration
 from .fingerprint import module_digest
-from .inits import Initialised, embedding_factors, initialise
+from .inits import Initialised, embedding_factors, get, initialise
 from .plan import LayerPlan, Plan
 from .report import LayerReport
 from .safetensors_io import DenseTensor
@@ -39,7 +40,13 @@ class SolvedLayer:
     report: LayerReport
 
 
-def solve_layer(plan: Plan, layer: LayerPlan, weight: Tensor, device: torch.device) -> SolvedLayer:
+def solve_layer(
+    plan: Plan,
+    layer: LayerPlan,
+    weight: Tensor,
+    device: torch.device,
+    calibration: Calibration | None = None,
+) -> SolvedLayer:
     """Quantise and correct one weight.
 
     Args:
@@ -47,6 +54,8 @@ def solve_layer(plan: Plan, layer: LayerPlan, weight: Tensor, device: torch.devi
         layer: Which one.
         weight: As it lies on disk: (out, in), for a Conv1D (in, out), for an embedding (rows, dim).
         device: To compute on.
+        calibration: Second moments of the layers' inputs. A layer without one is solved by LoftQ with scale
+            search, and its report says why.
 
     Raises:
         InputError: NaN or inf in the weight, naming it; values beyond what is saved in float16.
@@ -55,16 +64,27 @@ def solve_layer(plan: Plan, layer: LayerPlan, weight: Tensor, device: torch.devi
     options, kind = plan.options, layer.module.kind
     W = weight.to(device)
     W = W.T.contiguous() if kind == "conv1d" else W  # (out, in)
+    # Without an adapter: plain quantisation, measured in the same place; its factors are dropped.
+    method, scales, note = options.method if layer.rank else "qlora", options.scales, ""
+    hessian = None
+    if calibration is not None and kind != "embedding":
+        hessian = calibration.hessian(layer.path, weight)
+        hessian = None if hessian is None else hessian.to(device)
+    if get(method).needs_hessian and hessian is None:
+        known = calibration is not None and kind != "embedding"
+        why = calibration.problem(layer.path) if known and calibration is not None else f"an {kind}"
+        method, scales, note = "loftq", "signed-mse", f"solved by loftq, not {method}: {why}"
     solved = initialise(
         W,
-        # Without an adapter: plain quantisation, measured in the same place; its factors are dropped.
-        method=options.method if layer.rank else "qlora",
+        method=method,
+        hessian=hessian,
+        damping=options.damping,
         rank=layer.rank or 1,
         spec=layer.spec,
         scaling=layer.scaling,
         factor_dtype=getattr(torch, options.adapter_dtype),
         iters=options.iters,
-        scales=options.scales,
+        scales=scales,
         svd=options.svd,
         seed=options.seed,
         kind="embedding" if kind == "embedding" else "linear",
@@ -96,7 +116,7 @@ def solve_layer(plan: Plan, layer: LayerPlan, weight: Tensor, device: torch.devi
         seconds=time.perf_counter() - began,
         bytes_in=layer.entry.nbytes,
         bytes_out=plan.layer_bytes(layer),
-        note="quantisation left nothing that the adapter could correct" if _corrects_nothing(solved) else "",
+        note=note or ("quantisation left nothing to correct" if _corrects_nothing(solved) else ""),
     )
     factors: list[DenseTensor] = []
     if layer.rank:

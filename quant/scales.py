@@ -7,7 +7,6 @@ from torch import Tensor
 
 from quant import backends, search
 from quant.backends import reference
-from quant.formats import Format
 from quant.nested import Nested, double_dequantize, double_quantize, dynamic_map
 from quant.spec import QuantSpec
 

@@ -19,6 +19,8 @@ Examples:
   loftq-init meta-llama/Llama-3.2-1B out --rank 32
   loftq-init ./model out --bits 3 --scales signed-mse --exclude-modules down_proj
   loftq-init ./model out --bits-pattern 'mlp\\..*=3' --bits-pattern 'v_proj=8'
+  loftq-init ./model out --bits 3 --calibration texts.jsonl
+  loftq-init ./model out --budget 2.75 --rank 32 --calibration texts.jsonl
   loftq-init ./model out --config recipe.toml --dry-run
 """
 
@@ -68,9 +70,33 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
         (("--alpha-pattern",), {**pairs, "help": "Another alpha for the modules that a regex matches."}),
         (
             ("--init", "--method", "method"),
-            {**text, "default": "loftq", "help": "loftq, qpissa, or qlora (no correction). [loftq]"},
+            {
+                **text,
+                "help": "loftq, qpissa, qlora (no correction); with --calibration recipe, recipe-fast, qera, "
+                "qera-diag, cloq, ... [recipe with --calibration, else loftq]",
+            },
         ),
-        (("--iters",), {**number, "default": 5, "help": "Alternations; the best one is kept. [5]"}),
+        (("--iters",), {**number, "help": "Alternations; the best one is kept. [5; recipe: 4]"}),
+        (
+            ("--calibration",),
+            {"metavar": "TEXTS", "help": "Texts that the model should do well on: .txt, .jsonl or a folder."},
+        ),
+        (("--calibration-windows",), {**number, "default": 64, "help": "Windows of text. [64]"}),
+        (("--window",), {**number, "help": "Tokens of a window. [1024, or what the tokenizer allows]"}),
+        (("--save-calibration",), {"metavar": "FILE", "help": "Keep what calibration found."}),
+        (("--load-calibration",), {"metavar": "FILE", "help": "Use what an earlier run kept."}),
+        (
+            ("--damping",),
+            {"type": float, "default": 0.01, "metavar": "X", "help": "[0.01]"},
+        ),
+        (
+            ("--budget",),
+            {
+                "type": float,
+                "metavar": "BITS",
+                "help": "Average bits a weight, scales included; every layer gets its own width.",
+            },
+        ),
         (("--svd",), {**text, "default": "fast", "help": "fast (error within 0.1 %) or exact. [fast]"}),
         (("--seed",), {**number, "default": 0, "help": "Of everything random. [0]"}),
         (

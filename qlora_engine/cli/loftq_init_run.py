@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from qlora_engine import inits
 from qlora_engine.cli import common
 from qlora_engine.errors import InputError
-from qlora_engine.options import FORMAT_OF_BITS, InitOptions
+from qlora_engine.options import FORMAT_OF_BITS, InitOptions, default_iters, init_methods
 from qlora_engine.plan import Plan
 from qlora_engine.report import LayerReport, RunReport, dumps
 from qlora_engine.report_table import human_bytes, human_seconds, human_width, summary
@@ -47,11 +48,20 @@ def parse_options(given: dict[str, Any]) -> InitOptions:
         raise InputError(f"--bits {bits} and --format {name}: give one of them")
     if bits is not None and bits not in FORMAT_OF_BITS:
         raise InputError(f"--bits {bits}; allowed: {', '.join(map(str, FORMAT_OF_BITS))} (or a --format)")
+    calibrated = bool(given["calibration"] or given["load_calibration"])
+    method = given["method"] or ("recipe" if calibrated else "loftq")
+    if method in init_methods() and inits.get(method).needs_hessian and not calibrated:
+        raise InputError(f"--method {method} needs --calibration TEXTS (or --load-calibration FILE)")
+    budget = given["budget"]
+    if budget is not None and (bits is not None or name is not None or given["bits_pattern"]):
+        raise InputError("--budget chooses the widths: leave out --bits, --format and --bits-pattern")
     same = (
-        "block_size", "double_quant", "rank", "alpha", "rslora", "method", "iters", "scales", "svd", "seed",
+        "block_size", "double_quant", "rank", "alpha", "rslora", "scales", "svd", "seed", "damping",
         "quantize_rest", "dtype", "adapter_dtype", "max_shard_size", "save_format", "trust_remote_code",
     )  # fmt: skip
     return InitOptions(
+        method=method,
+        iters=default_iters(method) if given["iters"] is None else given["iters"],
         format=name or FORMAT_OF_BITS[bits or 4],
         bits_pattern=common.parse_pairs("--bits-pattern", given["bits_pattern"], str),
         rank_pattern=common.parse_pairs("--rank-pattern", given["rank_pattern"], common.whole_number),
@@ -66,12 +76,14 @@ def execute(model: str, out: Path, given: dict[str, Any], command: str) -> int:
     """Plan, run and print; the exit status."""
     options = parse_options(given)  # before the slow imports: a wrong option is told at once
     # torch and transformers take seconds to import
-    from qlora_engine import pipeline
+    from qlora_engine import calibrated_run, pipeline
     from qlora_engine.architecture import read_architecture
     from qlora_engine.checkpoint import Checkpoint
     from qlora_engine.hub import find_model
     from qlora_engine.plan import make_plan
+    from qlora_engine.workspace import check_output
 
+    source = _source(given)
     device = pipeline.choose_device(given["device"])
     folder = find_model(model, revision=given["revision"], code=options.trust_remote_code)
     checkpoint = Checkpoint.open(folder)
@@ -83,24 +95,89 @@ def execute(model: str, out: Path, given: dict[str, Any], command: str) -> int:
         common.emit(dumps({"event": "plan", **plan_facts(plan)}))
     if given["dry_run"]:
         screen.print(plan_table(plan), *(Text(f"note: {note}") for note in plan.notes))
+        if given["budget"] is not None:
+            screen.print(Text("note: --budget chooses the widths once the layers' errors are measured"))
         return 0
     _state["out"] = out
-    with _progress(plan, quiet=quiet, as_json=as_json) as progress:
-        report = pipeline.run(
-            plan,
-            out,
-            device=device,
-            model=model,
-            command=command,
-            overwrite=given["overwrite"],
-            resume=given["resume"],
-            progress=progress,
-        )
+    calibration, identity = None, None
+    try:
+        if source.given or given["budget"] is not None:
+            check_output(out, overwrite=given["overwrite"] or given["resume"])
+            plan, calibration, identity = _calibrated(plan, out, source, given, device, screen)
+        with _progress(plan, quiet=quiet, as_json=as_json) as progress:
+            report = pipeline.run(
+                plan,
+                out,
+                device=device,
+                model=model,
+                command=command,
+                overwrite=given["overwrite"],
+                resume=given["resume"],
+                progress=progress,
+                calibration=calibration,
+                calibrated=identity,
+            )
+    except InputError:
+        calibrated_run.forget(source, out)
+        raise
+    calibrated_run.forget(source, out)
     if as_json:
         common.emit(dumps({"event": "done", "out": str(out)} | run_facts(report)))
     screen.print(summary(report))
     screen.print(Text(next_steps(out, plan, report)), soft_wrap=True)
     return 0
+
+
+def _source(given: dict[str, Any]) -> Any:
+    from qlora_engine.calibrated_run import Source
+
+    paths = {
+        field: None if given[option] is None else Path(given[option]).expanduser()
+        for field, option in (
+            ("texts", "calibration"),
+            ("load", "load_calibration"),
+            ("save", "save_calibration"),
+        )
+    }
+    return Source(**paths, windows=given["calibration_windows"], window=given["window"])
+
+
+def _calibrated(
+    plan: Plan, out: Path, source: Any, given: dict[str, Any], device: Any, screen: Any
+) -> tuple[Plan, Any, Any]:
+    """The plan with the budget shared out, the calibration and what identifies it."""
+    from qlora_engine import calibrated_run
+    from qlora_engine.plan import make_plan
+
+    calibration, identity = None, None
+    quiet = given["quiet"] or given["as_json"]
+    if source.given:
+        log = None if quiet else _CalibrationLog().update
+        calibration, identity = calibrated_run.obtain(
+            source, plan, out, device, sensitivities=given["budget"] is not None, progress=log
+        )
+    if given["budget"] is None:
+        return plan, calibration, identity
+    options, allocation = calibrated_run.share_out(plan, given["budget"], calibration, device)
+    plan = make_plan(plan.checkpoint, plan.architecture, options)
+    screen.print(plan_table(plan))
+    screen.print(
+        Text(f"budget {allocation.budget:g}: {allocation.bits_per_weight:.4f} bits a weight are taken")
+    )
+    return plan, calibration, identity
+
+
+class _CalibrationLog:
+    """A line at most every few seconds while text runs through the model."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def update(self, done: int, total: int, what: str) -> None:
+        now = time.monotonic()
+        if now - self.last >= _LOG_SECONDS or done == total:
+            self.last = now
+            print(f"calibrating {done}/{total}: {what}", file=sys.stderr, flush=True)
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:

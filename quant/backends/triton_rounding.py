@@ -1,4 +1,4 @@
-"""Triton kernel that rounds column after column: the inner loop of GPTQ and coordinate descent, one launch."""
+"""Triton kernel that rounds column after column: the inner loop of GPTQ and coordinate descent."""
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 from __future__ import annotations

@@ -31,14 +31,22 @@ def test_init_methods_quantise_without_calibration() -> None:
 @pytest.mark.parametrize("name", formats.names())
 def test_every_format_is_allowed(name: str) -> None:
     assert InitOptions(format=name).spec_for("x").format == name
-    assert parse_width(f"{name}/128") == (name, 128)
+    assert parse_width(f"{name}/128") == (name, 128, None)
+    assert parse_width(f"{name}/128/double") == (name, 128, True)
 
 
 @pytest.mark.parametrize(
     ("text", "width"),
-    [(4, ("nf4", None)), ("3", ("nf3", None)), ("2/32", ("nf2", 32)), ("8", ("int8", None))],
+    [
+        (4, ("nf4", None, None)),
+        ("3", ("nf3", None, None)),
+        ("2/32", ("nf2", 32, None)),
+        ("8", ("int8", None, None)),
+        ("nf3/64/double", ("nf3", 64, True)),
+        ("4//plain", ("nf4", None, False)),
+    ],
 )
-def test_parse_width(text: str | int, width: tuple[str, int | None]) -> None:
+def test_parse_width(text: str | int, width: tuple[str, int | None, bool | None]) -> None:
     assert parse_width(text) == width
 
 

@@ -1,0 +1,206 @@
+"""What ``loftq-init`` does before the first layer when it is given text or a budget: calibrate, share bits
+out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant import QuantSpec
+
+from .allocate import Allocation, allocate, candidate_specs, layer_choices
+from .calibration import calibrate
+from .calibration_result import Calibration
+from .errors import InputError
+from .files import write_json
+from .options import InitOptions
+from .plan import Plan
+from .texts import load_texts
+
+BUDGET_FORMATS = ("nf2", "nf3", "nf4", "int8")
+SENSITIVITY_WINDOWS = 4  # measured on few windows: only ratios between layers matter
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the inputs' second moments come from.
+
+    Attributes:
+        texts: File or folder of texts, or None.
+        load: A calibration that was saved earlier, or None.
+        save: Where to keep the calibration, or None.
+        windows: Windows of text.
+        window: Tokens of each; None: as many as the tokenizer allows, at most 1024.
+
+    Raises:
+        InputError: both texts and a saved calibration, or a count that is not positive.
+    """
+
+    texts: Path | None = None
+    load: Path | None = None
+    save: Path | None = None
+    windows: int = 64
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.texts is not None and self.load is not None:
+            raise InputError("--calibration and --load-calibration: give one of them")
+        if self.save is not None and self.texts is None:
+            raise InputError("--save-calibration needs --calibration TEXTS")
+        if self.windows < 1:
+            raise InputError(f"--calibration-windows {self.windows}; it must be at least 1")
+
+    @property
+    def given(self) -> bool:
+        """Whether there is anything to calibrate with."""
+        return self.texts is not None or self.load is not None
+
+
+def cache_path(out: Path) -> Path:
+    """Where the calibration of an unfinished run for ``out`` lies."""
+    return out.parent / f".{out.name}.calibration.safetensors"
+
+
+def obtain(
+    source: Source,
+    plan: Plan,
+    out: Path,
+    device: torch.device,
+    *,
+    sensitivities: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Calibration, dict[str, Any]]:
+    """The calibration, made or read, and what identifies it, JSON-able.
+
+    A calibration that an interrupted run made from the same model and texts is used again.
+
+    Args:
+        source: Texts or a file.
+        plan: Names the layers.
+        out: The run's output; an unfinished run's calibration lies beside it.
+        device: To compute on.
+        sensitivities: Also how much the loss minds each layer's output.
+        progress: Called with steps done, steps in all and what was done.
+
+    Raises:
+        InputError: unusable texts, another model's calibration, or a file that is none.
+        OSError: the calibration cannot be written.
+    """
+    if source.load is not None:
+        if not source.load.is_file():
+            raise InputError(f"--load-calibration: no such file: {source.load}")
+        return Calibration.load(source.load), {"file": _digest(source.load)}
+    assert source.texts is not None
+    if not source.texts.exists():
+        raise InputError(f"--calibration: no such file or folder: {source.texts}")
+    identity = {
+        "texts": _digest(source.texts),
+        "windows": source.windows,
+        "window": source.window,
+        "sensitivities": sensitivities,
+        "device": device.type,
+    }
+    path = source.save or cache_path(out)
+    beside = path.with_name(path.name + ".json")
+    described = json.loads(json.dumps({**identity, "input": plan.checkpoint.identity()}))
+    if not (path.is_file() and beside.is_file() and _read(beside) == described):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        windows = load_texts(source.texts, _tokenizer(plan), window=source.window, num_windows=source.windows)
+        calibrate(
+            plan.checkpoint.folder,
+            windows,
+            [layer.path for layer in plan.layers if layer.module.kind != "embedding"],
+            device=device,
+            sensitivity_windows=SENSITIVITY_WINDOWS if sensitivities else 0,
+            save_to=path,
+            progress=progress,
+            trust_remote_code=plan.options.trust_remote_code,
+        )
+        write_json(beside, described)
+    return Calibration.load(path), identity
+
+
+def forget(source: Source, out: Path) -> None:
+    """Remove the calibration of a run that is done, unless it was asked to be kept."""
+    if source.texts is not None:
+        path = source.save or cache_path(out)
+        path.with_name(path.name + ".json").unlink(missing_ok=True)
+        if source.save is None:
+            path.unlink(missing_ok=True)
+
+
+def share_out(
+    plan: Plan, budget: float, calibration: Calibration | None, device: torch.device
+) -> tuple[InitOptions, Allocation]:
+    """Options with a width, block size and double quantisation for every layer, within ``budget`` bits a
+    weight.
+
+    Raises:
+        InputError: a budget that no choice of formats meets.
+    """
+    specs = candidate_specs(BUDGET_FORMATS, (32, 64, 128), (True,))
+    specs += candidate_specs(BUDGET_FORMATS, (64,), (False,))
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for layer in plan.layers:
+            weight = layer.entry.read().to(device)
+            yield layer.path, weight.T.contiguous() if layer.module.kind == "conv1d" else weight
+
+    usable = None
+    if calibration is not None:
+        usable = {
+            layer.path: H.to(device)
+            for layer in plan.layers
+            if layer.module.kind != "embedding" and (H := calibration.hessian(layer.path)) is not None
+        }
+    known = calibration.sensitivities if calibration is not None else {}
+    everywhere = all(layer.path in known for layer in plan.layers)
+    choices = layer_choices(weights(), specs, usable, known if everywhere else None)
+    allocation = allocate(choices, budget)
+    patterns = {f"^{re.escape(path)}$": _width(spec) for path, spec in allocation.specs.items()}
+    return replace(plan.options, bits_pattern=patterns), allocation
+
+
+def _width(spec: QuantSpec) -> str:
+    """A spec as ``options.parse_width`` reads it."""
+    return f"{spec.format}/{spec.block_size}/{'double' if spec.double_quant else 'plain'}"
+
+
+def _tokenizer(plan: Plan) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            plan.checkpoint.folder, trust_remote_code=plan.options.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(f"{plan.checkpoint.folder} has no tokenizer to read texts with: {line}") from error
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, or of all files of a folder with their names."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

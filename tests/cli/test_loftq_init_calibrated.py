@@ -1,0 +1,118 @@
+"""``loftq-init`` with texts and with a budget: the methods, what is kept, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_engine import PeftModel, inits
+from qlora_engine.loading import from_pretrained
+from qlora_engine.report import RunReport
+
+from .command import invoke
+
+
+@pytest.fixture
+def model(make_checkpoint: Any, make_tokenizer: Any, tmp_path: Path) -> Path:
+    """A tiny Llama with a tokenizer."""
+    folder = tmp_path / "model"
+    shutil.copytree(make_checkpoint("llama"), folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Enough tokens for every layer's second moment."""
+    path = tmp_path / "texts.jsonl"
+    rows = [{"text": f"The {i}th sentence says that {i * i} is the square of {i}."} for i in range(600)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+CALIBRATED = [name for name in inits.names() if inits.get(name).quantizes and inits.get(name).needs_hessian]
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_every_calibrated_method(method: str, model: Path, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--bits", 3, "--rank", 4, "--window", 64, "--calibration", texts, "--method", method)
+    assert invoke(model, out, *options).code == 0
+    report = RunReport.read(out)
+    assert not any(layer.note for layer in report.layers)
+    assert any("calibrated on" in note for note in report.notes)
+    for layer in report.layers:
+        assert layer.output_error is not None
+        assert layer.output_error_plain is not None
+        assert layer.output_error < layer.output_error_plain
+    assert not list(tmp_path.glob(".out*"))  # neither workspace nor calibration is left
+    adapted = PeftModel.from_pretrained(from_pretrained(out), str(out / "loftq_init"))
+    with torch.no_grad():
+        assert torch.isfinite(adapted(input_ids=torch.arange(9)[None]).logits).all()
+
+
+def test_recipe_is_the_default_with_texts_and_beats_loftq(model: Path, texts: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.safetensors"
+    options = ("--bits", 2, "--rank", 4)
+    saved = invoke(
+        model, tmp_path / "a", *options, "--calibration", texts, "--window", 64, "--save-calibration", kept
+    )
+    assert saved.code == 0, saved.err
+    assert kept.is_file()
+    again = invoke(model, tmp_path / "b", *options, "--load-calibration", kept)
+    assert again.code == 0, again.err
+    a, b = RunReport.read(tmp_path / "a"), RunReport.read(tmp_path / "b")
+    assert a.run["options"]["method"] == b.run["options"]["method"] == "recipe"
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+    loftq = invoke(model, tmp_path / "c", *options, "--load-calibration", kept, "--method", "loftq")
+    assert loftq.code == 0
+    c = RunReport.read(tmp_path / "c")
+    assert sum(ly.output_error or 0 for ly in a.layers) < 0.8 * sum(ly.output_error or 0 for ly in c.layers)
+
+
+def test_budget_is_kept_and_used(model: Path, texts: Path, tmp_path: Path) -> None:
+    done = invoke(
+        model, tmp_path / "out", "--budget", 3.3, "--rank", 4, "--calibration", texts, "--window", 64
+    )
+    assert done.code == 0, done.err
+    report = RunReport.read(tmp_path / "out")
+    widths = {layer.format for layer in report.layers}
+    assert len(widths) > 1
+    numel = sum(layer.numel for layer in report.layers)
+    # small layers carry the nested map of 1 KB, which the budget counts like everything else
+    bits = sum(layer.bits_per_weight * layer.numel for layer in report.layers) / numel
+    assert bits <= 3.3 + 1e-9
+    assert bits > 3.3 - 0.25  # the finest step between formats of the smallest model is coarse
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert {values["format"] for values in [stored["spec"], *stored["modules"].values()]} >= widths
+    assert from_pretrained(tmp_path / "out") is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "recipe"), "needs --calibration TEXTS"),
+        (("--calibration", "nowhere.txt"), "no such file or folder: nowhere.txt"),
+        (("--load-calibration", "nowhere.safetensors"), "no such file"),
+        (("--calibration", "TEXTS", "--load-calibration", "TEXTS"), "give one of them"),
+        (("--budget", "3", "--bits", "4"), "leave out --bits"),
+        (("--budget", "1.5"), "take at least"),
+        (("--save-calibration", "x.safetensors"), "needs --calibration"),
+        (("--calibration", "TEXTS", "--calibration-windows", "0"), "at least 1"),
+        (("--calibration", "TEXTS", "--window", "1"), "at least 2 tokens"),
+        (("--load-calibration", "TEXTS"), "texts.jsonl"),
+    ],
+)
+def test_what_is_refused(
+    options: tuple[str, ...], message: str, model: Path, texts: Path, tmp_path: Path
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    given = [str(texts) if option == "TEXTS" else option for option in options]
+    assert message in invoke(model, tmp_path / "out", "--rank", 4, *given).error()
+    assert sorted(tmp_path.iterdir()) == before
