@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from . import transformers_hook
+
 __version__ = "0.1.0"
 
 _HOME: dict[str, str] = {
@@ -44,6 +46,9 @@ _HOME: dict[str, str] = {
 }
 
 __all__ = sorted(_HOME)
+
+
+transformers_hook.install()
 
 
 def __getattr__(name: str) -> Any:

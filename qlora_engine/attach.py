@@ -16,12 +16,13 @@ from quant.linear import QuantLinear
 
 from . import adapters
 from .auxiliary import AuxiliaryTrainingWrapper
-from .base_weight import is_bnb_linear, is_conv1d
+from .base_weight import is_bnb_linear, is_conv1d, restore_adopted
 from .config import LoraConfig, PeftConfig
 from .extra_modules import add_extra_trainable_modules
 from .lora import Linear, create_lora_layer
 from .lora_layer import LoraLayer
 from .mixed_batch import adapter_names_for_rows
+from .quantized_config import record_quantization, tied_embeddings, untie_if_quantized
 from .targets import (
     DUMMY_TARGET_MODULES,
     SEQ_CLS_HEAD_NAMES,
@@ -248,6 +249,7 @@ class LoraModel(nn.Module):
         candidates = [n for n in names if n and not n.startswith(inside)] if not dummy else []
         config.target_modules = condense(config.target_modules, names)
         plan, tied = self._plan(config, candidates, state_dict)
+        was_tied = tied_embeddings(model)
         make: Callable[[], AbstractContextManager[Any]] = _on_meta if low_cpu_mem_usage else nullcontext
         for key in plan.targeted:
             with make():
@@ -261,6 +263,8 @@ class LoraModel(nn.Module):
             with make():
                 self._adapt(config, adapter_name, model, key)
             plan.targeted.append(key)
+        untie_if_quantized(model, was_tied)
+        record_quantization(model)
         self._check_plan(config, plan, parameters, dummy)
         warn_unmatched_patterns(config, plan.targeted)
         self._note_targets(plan.targeted, parameters)
@@ -433,15 +437,20 @@ class LoraModel(nn.Module):
         """Merge adapters and return the model without adapter layers; see ``merging.merge_and_unload``."""
         from .merging import merge_and_unload
 
-        return merge_and_unload(
+        result = merge_and_unload(
             self, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names, **options
         )
+        record_quantization(self.model)
+        return result
 
     def unload(self) -> nn.Module:
         """The base model again, every adapter layer taken off."""
         from .merging import unload
 
-        return unload(self)
+        model = unload(self)
+        restore_adopted(model)
+        record_quantization(model)
+        return model
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Add an adapter that combines others; see ``mixing.add_weighted_adapter``."""

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from quant.linear import QuantEmbedding, QuantLinear
 
+_ADOPTED = "_adopted_from"
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is GPT-2's Conv1D, a linear layer whose weight is stored (in, out)."""
@@ -75,7 +77,20 @@ def adopt(module: nn.Module) -> nn.Module:
     if getattr(layer.weight, "quant_state", None) is None and getattr(layer, "quant_state", None) is None:
         return module  # not quantised yet: bitsandbytes does that when it moves to its device
     new = QuantLinear.from_quantized(from_linear4bit(module), layer.bias, layer.compute_dtype)
+    # Out of nn.Module's sight: on the same storage, and put back when the adapters are taken off.
+    new.__dict__[_ADOPTED] = module
     return new.train(module.training)
+
+
+def restore_adopted(model: nn.Module) -> None:
+    """Put the bitsandbytes layers that were adopted back in their places."""
+    for name, module in list(model.named_modules()):
+        original = module.__dict__.get(_ADOPTED)
+        if original is not None:
+            parent, _, child = name.rpartition(".")
+            original.to(module.codes.device)
+            original.bias = module.bias
+            setattr(model.get_submodule(parent), child, original.train(module.training))
 
 
 def dense_module(

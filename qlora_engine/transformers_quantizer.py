@@ -1,6 +1,6 @@
 """Teach transformers the native format: its ``from_pretrained`` of a folder that loftq-init wrote natively.
 
-Importing this module registers it. ``qlora_engine.from_pretrained`` does not need it.
+``transformers_hook`` registers it. ``qlora_engine.from_pretrained`` does not need it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -19,7 +18,6 @@ from .base_weight import is_conv1d
 from .loading import NATIVE_METHOD, native_config, native_specs, shape_of
 
 
-@register_quantization_config(NATIVE_METHOD)
 class NativeConfig(QuantizationConfigMixin):
     """The quantization_config of the native format, as config.json has it."""
 
@@ -32,7 +30,6 @@ class NativeConfig(QuantizationConfigMixin):
         return native_config(self.specs)
 
 
-@register_quantizer(NATIVE_METHOD)
 class NativeQuantizer(HfQuantizer):
     """Puts empty QuantLinears into the model before its weights are read."""
 

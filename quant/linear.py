@@ -94,6 +94,10 @@ class QuantizedModule(nn.Module):
         """The dense weight, dequantised at every access: right for any reader, slow for a frequent one."""
         return self.dequantize()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has storage of its own, so it is no view of the layer that this one was adopted from.
+        return {key: value for key, value in self.__dict__.items() if key != "_adopted_from"}
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *rest: Any
     ) -> None:
@@ -200,8 +204,8 @@ class QuantLinear(QuantizedModule):
     def extra_repr(self) -> str:
         """Sizes and format, for printing."""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            + self._describe()
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, " + self._describe()
         )
 
 
