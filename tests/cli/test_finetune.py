@@ -1,0 +1,177 @@
+"""``qlora-finetune`` on real files: a run, a killed and resumed one, a dense model, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .command import ROOT
+from .command import invoke as loftq_init
+
+STEPS = (
+    "--max-steps",
+    "8",
+    "--batch-size",
+    "2",
+    "--max-length",
+    "48",
+    "--save-every",
+    "2",
+    "--evaluate-every",
+    "4",
+)
+
+
+def invoke(*arguments: Any) -> tuple[int, str, str]:
+    """Status, stdout and stderr of the command in this process."""
+    from qlora_engine.cli import finetune
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        finetune.main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0), out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = [{"prompt": f"{i} plus one is", "completion": f" {i + 1}."} for i in range(60)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def dense(make_checkpoint: Any, make_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import shutil
+
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    shutil.copytree(make_checkpoint("llama"), folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("base") / "out"
+    assert loftq_init(dense, out, "--bits", 4, "--rank", 4, "--quiet").code == 0
+    return out
+
+
+def losses(output: Path) -> list[list[float]]:
+    return json.loads((output / "training_log.json").read_text())["losses"]
+
+
+def test_a_run(base: Path, data: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    output = tmp_path / "adapter"
+    options = (*STEPS, "--learning-rate", "0.02", "--sample", "3 plus one is", "--lora-plus", "2")
+    status, out, err = invoke(base, "--data", data, "--output", output, *options)
+    assert status == 0, err
+    assert out == ""
+    assert "validation loss" in err
+    assert "next: qlora-merge" in err
+    curve = losses(output)
+    assert [step for step, _ in curve] == list(range(1, 9))
+    assert curve[-1][1] < curve[0][1]
+    files = {path.name for path in output.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "training_log.json", "loss.png"} <= files
+    # PEFT reads what was trained
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(output))
+
+
+def test_killed_and_resumed_gives_the_same_curve(base: Path, data: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert invoke(base, "--data", data, "--output", whole, *STEPS)[0] == 0
+    command = [
+        sys.executable,
+        "-m",
+        "qlora_engine.cli.finetune",
+        base,
+        "--data",
+        data,
+        "--output",
+        cut,
+        *STEPS,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
+    marker = cut / "checkpoints" / "checkpoint-2" / "complete.json"
+    for _ in range(1200):
+        if marker.exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    assert marker.exists(), process.communicate()[1]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (cut / "adapter_config.json").exists() or (cut / "training_log.json").exists()
+    # what a kill within a checkpoint leaves is not trusted
+    (cut / "checkpoints" / "checkpoint-999").mkdir()
+    refused = invoke(base, "--data", data, "--output", cut, *STEPS)
+    assert refused[0] == 2
+    assert "--resume goes on" in refused[2]
+    status, _, err = invoke(base, "--data", data, "--output", cut, *STEPS, "--resume")
+    assert status == 0, err
+    assert losses(cut) == losses(whole)
+    weights = [(path / "adapter_model.safetensors").read_bytes() for path in (cut, whole)]
+    assert weights[0] == weights[1]
+    other = invoke(base, "--data", data, "--output", cut, *STEPS, "--resume", "--learning-rate", "1")
+    assert other[0] == 2
+    assert "learning_rate was 0.0002, is 1.0" in other[2]
+
+
+def test_a_dense_model_is_quantised_on_the_fly(dense: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "adapter"
+    options = ("--bits", "3", "--rank", "4", "--max-steps", "2", "--max-length", "48", "--json")
+    status, out, err = invoke(dense, "--data", data, "--output", output, *options)
+    assert status == 0, err
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [event["kind"] for event in events][:2] == ["plan", "log"]
+    assert events[-1]["kind"] == "outcome"
+    assert events[-1]["steps"] == 2
+
+
+def test_estimate_trains_nothing(base: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "adapter"
+    status, _, err = invoke(base, "--data", data, "--output", output, "--estimate", "--recompute", "1")
+    assert status == 0
+    assert "1 of 2 layers recomputed" in err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--data", "nowhere.jsonl"), "no such file: nowhere.jsonl"),
+        ((), "--data is needed"),
+        (("--data", "DATA", "--batch-size", "0"), "batch_size=0; it must be at least 1"),
+        (("--data", "DATA", "--packing", "maybe"), "packing='maybe'; allowed: auto, on, off"),
+        (("--data", "DATA", "--recompute", "99"), "allowed: 0 to 2"),
+        (("--data", "DATA", "--memory-limit", "0.00001"), "--batch-size or --max-length"),
+        (("--data", "DATA", "--adapter", "nowhere"), "no adapter_config.json"),
+        (("--data", "DATA", "--device", "cuda:7"), "CUDA"),
+        (("--data", "DATA", "--resume"), "nothing to resume"),
+    ],
+)
+def test_what_is_refused(
+    options: tuple[str, ...], message: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    given = [str(data) if option == "DATA" else option for option in options]
+    status, out, err = invoke(base, "--output", tmp_path / "adapter", *given)
+    last = err.strip().splitlines()[-1]
+    assert status == 2, err
+    assert out == ""
+    assert last.startswith("qlora-finetune: error: ")
+    assert message in last
+    assert not (tmp_path / "adapter" / "adapter_config.json").exists()
