@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 
-from tests.architecture.source_tree import modules
+from tests.architecture.source_tree import PROJECT, modules
 
 NEEDS_EXTRA = ("quant.backends.triton", "quant.backends.bnb")
 
@@ -33,3 +33,9 @@ def test_package_declares_its_surface(name: str) -> None:
     assert set(package.__all__) <= set(dir(package))
     undocumented = [entry for entry in package.__all__ if not getattr(package, entry).__doc__]
     assert not undocumented
+
+
+@pytest.mark.parametrize("script", list(PROJECT["scripts"]))
+def test_console_script_exists(script: str) -> None:
+    module, function = PROJECT["scripts"][script].split(":")
+    assert callable(getattr(importlib.import_module(module), function))

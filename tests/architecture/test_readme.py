@@ -14,15 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture.source_tree import ROOT
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from tests.architecture.source_tree import PROJECT, ROOT
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def _blocks(document: str, language: str) -> Iterator[str]:
