@@ -43,7 +43,12 @@ def _section(path: Path) -> str:
     title = path.stem.replace("-", " ")
     about = ", ".join([environment["date"], machine, *versions, commit])
     rows = [{key: value for key, value in row.items() if value is not None} for row in stored["rows"]]
-    return f"## {title[:1].upper()}{title[1:]}\n\n`{stored['command']}`\n\n{about}\n\n{table(rows)}\n"
+    return f"## {title[:1].upper()}{title[1:]}\n\n`{_command(stored)}`\n\n{about}\n\n{table(rows)}\n"
+
+
+def _command(stored: dict[str, Any]) -> str:
+    command = stored["command"]
+    return command if isinstance(command, str) else " ".join(command)
 
 
 def main(argv: list[str] | None = None) -> None:
