@@ -37,10 +37,24 @@ def find_model(name: str, *, revision: str | None = None, code: bool = False) ->
     return _download(name, revision, code)
 
 
-def _download(name: str, revision: str | None, code: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+def find_adapter(name: str) -> Path:
+    """The folder of the adapter ``name``: a folder, or an id on the hub, as for ``find_model``.
 
+    Raises:
+        InputError: see ``find_model``.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{name} is a file; give the folder that holds adapter_config.json")
+    if not _ID.fullmatch(name) or ".." in name:
+        raise InputError(f"no such folder: {name} (and it is not a hub id like ORG/NAME)")
+    wanted = ["adapter_config.json", "adapter_model.safetensors", "quantization_fingerprint.json"]
+    return _fetch(name, None, [*wanted, *SIDE_FILES])
+
+
+def _download(name: str, revision: str | None, code: bool) -> Path:
     wanted = [
         CONFIG_FILE,
         "model*.safetensors",
@@ -48,6 +62,13 @@ def _download(name: str, revision: str | None, code: bool) -> Path:
         *SIDE_FILES,
         *(["*.py"] if code else []),
     ]
+    return _fetch(name, revision, wanted)
+
+
+def _fetch(name: str, revision: str | None, wanted: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:

@@ -232,7 +232,7 @@ def converts_to_4bit(path: str, skip: Sequence[str]) -> bool:
     return not any(re.match(rf"(?:{key}){boundary}", path) or path.endswith(key) for key in skip)
 
 
-def _skip_modules(architecture: Architecture, quantised: set[str]) -> tuple[str, ...]:
+def skip_modules(architecture: Architecture, quantised: set[str]) -> tuple[str, ...]:
     """Entries for ``llm_int8_skip_modules`` by which exactly the modules in ``quantised`` become 4-bit ones.
 
     A path is preferred; where it would also catch a quantised module, an anchored regex names it alone.
@@ -324,7 +324,7 @@ def make_plan(checkpoint: Checkpoint, architecture: Architecture, options: InitO
         layers=layers,
         save_format=save_format,
         dtype=_model_dtype(checkpoint, options, save_format),
-        skip_modules=_skip_modules(architecture, quantised) if save_format == "bnb" else (),
+        skip_modules=skip_modules(architecture, quantised) if save_format == "bnb" else (),
         target_modules=_target_modules(architecture, given, adapted),
         notes=tuple(notes),
     )

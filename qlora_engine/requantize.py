@@ -120,7 +120,7 @@ def requantize_layer(
         q, A, B = solved.base, solved.A, solved.B
         result = q.dequantize(torch.float32) + B @ A
         factors = embedding_factors(A, B) if embedding else (A, B)
-    record = _measure(name, spec, 0 if rank is None else rank, before, after, result)
+    record = measure(name, spec, 0 if rank is None else rank, before, after, result)
     q = dataclasses.replace(q, dtype=_dtype_of(base))
     return _new_module(base, q, bias), record, factors
 
@@ -144,9 +144,10 @@ def _new_module(base: Any, q: QuantizedTensor, bias: Tensor | None) -> Quantized
     return new.train(base.training)  # type: ignore[no-any-return]
 
 
-def _measure(
+def measure(
     name: str, spec: QuantSpec, rank: int, before: Tensor, after: Tensor, result: Tensor
 ) -> MergeRecord:
+    """The record of a layer whose weight was ``before``, should be ``after`` and is ``result``."""
     delta = after - before
     error = _norm(result - after)
     size = _norm(delta)

@@ -1,0 +1,217 @@
+"""An adapter folder as merging needs it: what it adds to which module, its tensors still on the disk."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .adapter_io import ADAPTER_WEIGHTS_FILE, KEY_PREFIX
+from .checkpoint import SIDE_FILES, is_inside
+from .config import LoraConfig
+from .errors import InputError
+from .files import read_json_object
+from .fingerprint import FINGERPRINT_FILE
+from .safetensors_io import TensorEntry, read_header
+from .targets import pattern_value
+
+CONFIG_FILE = "adapter_config.json"
+PICKLED_WEIGHTS = "adapter_model.bin"
+# Initialisations that change the base: what is on the disk belongs to a base that is not the original.
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
+# Ending of a key -> what it is to its module.
+_PARTS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_B.bias": "bias",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".token_adapter.trainable_tokens_delta": "tokens",
+}
+
+
+@dataclass(frozen=True)
+class ModulePart:
+    """What the adapter does to one module.
+
+    Attributes:
+        path: Of the module in the model.
+        A, B: Factors, ``B @ A`` flattened over a kernel; None where only token rows are trained.
+        bias: Of lora_B.
+        magnitude: DoRA's.
+        scaling: Of the product.
+        tokens: Rows that replace those of ``token_indices``.
+        embedding: The factors are an embedding's.
+    """
+
+    path: str
+    A: TensorEntry | None = None
+    B: TensorEntry | None = None
+    bias: TensorEntry | None = None
+    magnitude: TensorEntry | None = None
+    scaling: float = 1.0
+    tokens: TensorEntry | None = None
+    token_indices: tuple[int, ...] = ()
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Of the factors, 0 without."""
+        return 0 if self.A is None else self.A.shape[0]
+
+
+@dataclass(frozen=True)
+class DiskAdapter:
+    """An adapter folder whose config and header were read and found sound.
+
+    Attributes:
+        folder: Where it is.
+        config: Its LoraConfig.
+        parts: By module path.
+        replaced: Parameter name -> tensor that takes its place (modules_to_save, biases, saved embeddings).
+    """
+
+    folder: Path
+    config: LoraConfig
+    parts: dict[str, ModulePart]
+    replaced: dict[str, TensorEntry] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: Path) -> DiskAdapter:
+        """Read the config and the header; no tensor.
+
+        Raises:
+            InputError: not an adapter folder, a broken file, or an adapter that cannot be merged on disk.
+            OSError: a file cannot be read.
+        """
+        if not (folder / CONFIG_FILE).is_file():
+            raise InputError(f"{folder} is not an adapter: it has no {CONFIG_FILE}{_hint(folder)}")
+        weights = folder / ADAPTER_WEIGHTS_FILE
+        if not weights.is_file():
+            if (folder / PICKLED_WEIGHTS).exists():
+                raise InputError(
+                    f"{folder} holds {PICKLED_WEIGHTS}, a pickle that could run code; convert it with PEFT's "
+                    "save_pretrained where you trust it"
+                )
+            raise InputError(f"{folder} has no {ADAPTER_WEIGHTS_FILE}")
+        for file in (folder / CONFIG_FILE, weights):
+            if not is_inside(file, folder):
+                raise InputError(f"{file} is a link to {file.resolve()}, outside the folder; copy the file")
+        config = _read_config(folder)
+        tensors = read_header(weights)[0]
+        modules: dict[str, dict[str, TensorEntry]] = {}
+        replaced: dict[str, TensorEntry] = {}
+        for key, entry in tensors.items():
+            path, kind = _parse(key.removeprefix(KEY_PREFIX))
+            if kind:
+                modules.setdefault(path, {})[kind] = entry
+                if ".lora_embedding_" in key:
+                    modules[path]["embedding"] = entry
+            else:
+                replaced[path] = entry
+        parts = {path: _part(config, path, found) for path, found in modules.items()}
+        if not parts and not replaced:
+            raise InputError(f"{weights} holds no tensors")
+        return cls(folder, config, parts, replaced)
+
+    def fingerprint_of_base(self) -> str | None:
+        """Hash of the codes of the base that it was solved or trained on, if the folder says so."""
+        return read_codes_hash(self.folder)
+
+    def tokenizer_files(self) -> list[Path]:
+        """Files beside the adapter that a model's user needs, relative to the folder."""
+        found = {p for g in SIDE_FILES for p in self.folder.glob(g) if p.is_file() and "token" in p.name}
+        return [path.relative_to(self.folder) for path in sorted(found) if is_inside(path, self.folder)]
+
+
+def read_codes_hash(folder: Path) -> str | None:
+    """``codes_sha256`` of the folder's fingerprint file; None without one."""
+    path = folder / FINGERPRINT_FILE
+    value = read_json_object(path).get("codes_sha256") if path.is_file() else None
+    return value if isinstance(value, str) else None
+
+
+def _hint(folder: Path) -> str:
+    below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+    return f" (there is one in {folder / below[0]})" if below else ""
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    values = read_json_object(folder / CONFIG_FILE)
+    kind = values.get("peft_type")
+    if kind != "LORA":
+        raise InputError(f"{folder / CONFIG_FILE}: peft_type is {kind!r}; only LORA can be merged")
+    try:
+        config: LoraConfig = LoraConfig.from_pretrained(folder)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
+    if config.target_parameters:
+        raise InputError(
+            f"{folder} adapts parameters (target_parameters={config.target_parameters}), which are stored "
+            "in other "
+            "shapes on disk than in memory; merge it in Python with merge_and_unload()"
+        )
+    init = str(config.init_lora_weights).lower()
+    if init.startswith(_CHANGES_BASE):
+        raise InputError(
+            f"{folder} was initialised by {init}, which changed its base; save it with "
+            "path_initial_model_for_weight_conversion first, which makes it an adapter for the original base"
+        )
+    return config
+
+
+def _parse(key: str) -> tuple[str, str]:
+    """(module path, part), or (parameter name, "")."""
+    for ending, kind in _PARTS.items():
+        if key.endswith(ending):
+            return key.removesuffix(ending), kind
+    return re.sub(r"\.(token_adapter\.)?base_layer\.", ".", key), ""
+
+
+def _part(config: LoraConfig, path: str, found: dict[str, Any]) -> ModulePart:
+    A, B = found.get("A"), found.get("B")
+    tokens = found.get("tokens")
+    indices = _token_indices(config, path) if tokens is not None else ()
+    if tokens is not None and tokens.shape[0] != len(indices):
+        raise InputError(
+            f"{tokens.path}: '{tokens.name}' has {tokens.shape[0]} rows, {CONFIG_FILE} names "
+            f"{len(indices)} tokens"
+        )
+    if (A is None) != (B is None) or (A is None and ("magnitude" in found or "bias" in found)):
+        entry = next(iter(found.values()))
+        raise InputError(f"{entry.path}: the adapter of '{path}' is incomplete: it lacks lora_A or lora_B")
+    if A is None:
+        return ModulePart(path, tokens=tokens, token_indices=indices)
+    rank = pattern_value(config.rank_pattern, path, config.r, field_name="rank_pattern")
+    alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha, field_name="alpha_pattern")
+    if A.shape[0] != rank:
+        raise InputError(
+            f"{A.path}: '{A.name}' has rank {A.shape[0]}, {CONFIG_FILE} says {rank} for '{path}'"
+        )
+    if "magnitude" in found and not config.use_dora:
+        raise InputError(f"{A.path}: '{path}' has a DoRA magnitude, but {CONFIG_FILE} has no use_dora")
+    return ModulePart(
+        path,
+        A=A,
+        B=B,
+        bias=found.get("bias"),
+        magnitude=found.get("magnitude"),
+        scaling=alpha / (math.sqrt(rank) if config.use_rslora else rank),
+        tokens=tokens,
+        token_indices=indices,
+        embedding="embedding" in found,
+    )
+
+
+def _token_indices(config: LoraConfig, path: str) -> tuple[int, ...]:
+    wanted = config.trainable_token_indices
+    if isinstance(wanted, dict):
+        names: Iterable[str] = (name for name in wanted if path == name or path.endswith(name))
+        name = next(iter(names), None)
+        return tuple(wanted[name]) if name is not None else ()
+    return tuple(wanted or ())
