@@ -71,18 +71,27 @@ class Grid:
 
     def columns(self, columns: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scales and zeros that apply to some columns, each (n, out_features); zeros None if symmetric."""
-        blocks = self.blocks_of(columns)
-        return self.scales[blocks], None if self.zeros is None else self.zeros[blocks]
+        return self._spread(self.scales, columns), self._spread_zeros(columns)
+
+    def _spread(self, per_block: Tensor, columns: Tensor) -> Tensor:
+        """One value a block -> one an element of some columns, (n, out_features)."""
+        if self.rows_are_whole_blocks:
+            by_row = per_block.view(self.shape[0], -1)  # (out, blocks of a row)
+            return by_row.T[columns // self.block_size]
+        return per_block[self.blocks_of(columns)]
+
+    def _spread_zeros(self, columns: Tensor) -> Tensor | None:
+        return None if self.zeros is None else self._spread(self.zeros, columns)
+
+    def _all_columns(self) -> Tensor:
+        return torch.arange(self.shape[1], device=self.scales.device)
 
     def unit_values(self, codes: Tensor) -> Tensor:
         """levels[code] - zero for transposed codes (in_features, out_features): the value at scale 1."""
-        units = self.levels[codes.long()]
-        if self.zeros is not None:
-            all_columns = torch.arange(self.shape[1], device=codes.device)
-            units = units - self.zeros[self.blocks_of(all_columns)]
-        return units
+        units = self.levels[codes.int()]
+        zeros = self._spread_zeros(self._all_columns())
+        return units if zeros is None else units.sub_(zeros)
 
     def values(self, codes: Tensor) -> Tensor:
         """Dequantise transposed codes: (in_features, out_features) integers -> float32 of the same shape."""
-        all_columns = torch.arange(self.shape[1], device=codes.device)
-        return self.unit_values(codes) * self.scales[self.blocks_of(all_columns)]
+        return self.unit_values(codes).mul_(self._spread(self.scales, self._all_columns()))

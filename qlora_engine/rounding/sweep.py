@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .grid import Grid
-from .metric import feedback_factor, objective
+from .metric import feedback_factor
 
 # Columns in one inner loop: the product that feeds the rest is then wide enough for BLAS and the block of
 # errors (128 x out_features) still fits a CPU's level-2 cache.
@@ -113,12 +113,12 @@ def anneal(
         Transposed codes, (in_features, out_features) uint8.
     """
     descent = _Descent(target, codes, grid, metric)
-    best, least = codes.clone(), objective(descent.errors, metric)
+    best = codes.clone()
+    gained, most = torch.zeros_like(target[0]), torch.zeros_like(target[0])  # (out,)
     for i in range(sweeps):
-        descent.sweep(temperature * (1 - (i + 1) / sweeps), generator)
-        now = objective(descent.errors, metric)
-        best = torch.where(now < least, descent.codes, best)
-        least = torch.minimum(now, least)
+        gained = gained - descent.sweep(temperature * (1 - (i + 1) / sweeps), generator)
+        best = torch.where(gained > most, descent.codes, best)
+        most = torch.maximum(gained, most)
     return best
 
 
@@ -136,21 +136,28 @@ class _Descent:
         self._rounder = _Rounder(grid)
         self._columns = torch.arange(target.shape[0], device=target.device)
 
-    def sweep(self, temperature: float = 0.0, generator: torch.Generator | None = None) -> None:
-        """One pass over all columns."""
+    def sweep(self, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+        """One pass over all columns; returns by how much every row's objective has changed, (out,)."""
+        change = torch.zeros_like(self.errors[0])
         for start in range(0, len(self._columns), BLOCK_COLUMNS):
             block = slice(start, start + BLOCK_COLUMNS)
             old, inverse = self.values[block], self._inverse[block]
-            base = torch.addcmul(old, self._metric[block] @ self.errors, inverse[:, None])
-            feedback = self._metric[block, block] * inverse
+            pull = self._metric[block] @ self.errors  # (n, out): (E M)_c as the block begins
+            base = torch.addcmul(old, pull, inverse[:, None])
+            square = self._metric[block, block]
+            feedback = square * inverse
             codes, values = self._rounder(
                 self._columns[block], base, old, feedback, temperature=temperature, generator=generator
             )
             alive = self._alive[block, None]
             self.codes[block] = torch.where(alive, codes, self.codes[block])
             values = torch.where(alive, values, old)
-            self.errors[block] += old - values
+            moved = old - values
+            # Moving E by m changes tr(E M E^T) by 2 m (E M)^T + m M m^T, row by row.
+            change += (moved * torch.add(square @ moved, pull, alpha=2)).sum(0)
+            self.errors[block] += moved
             self.values[block] = values
+        return change
 
 
 class _Rounder:
