@@ -192,8 +192,10 @@ class QuantLinear(QuantizedModule):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the input's dtype (under autocast, in autocast's)."""
         kind = x.device.type
-        out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        compute = out_dtype if torch.is_autocast_enabled(kind) else (self.compute_dtype or x.dtype)
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            compute = out_dtype = torch.get_autocast_dtype(kind)
+        else:
+            compute, out_dtype = self.compute_dtype or x.dtype, x.dtype
         tensors = [getattr(self, name) for name in TENSOR_NAMES]
         spec = self.spec
         y = quant_linear(
