@@ -112,8 +112,9 @@ class DiskAdapter:
                 modules.setdefault(path, {})[kind] = entry
                 if ".lora_embedding_" in key:
                     modules[path]["embedding"] = entry
-            else:
+            elif path not in replaced or ".modules_to_save." not in key:
                 replaced[path] = entry
+        replaced = {name: entry for name, entry in replaced.items() if ".original_module." not in name}
         parts = {path: _part(config, path, found) for path, found in modules.items()}
         if not parts and not replaced:
             raise InputError(f"{weights} holds no tensors")
@@ -170,7 +171,9 @@ def _parse(key: str) -> tuple[str, str]:
     for ending, kind in _PARTS.items():
         if key.endswith(ending):
             return key.removesuffix(ending), kind
-    return re.sub(r"\.(token_adapter\.)?base_layer\.", ".", key), ""
+    key = re.sub(r"\.(token_adapter\.)?base_layer\.", ".", key)
+    # With bias="all" PEFT also writes the biases inside its wrappers, under their names in memory.
+    return re.sub(r"\.modules_to_save\.[^.]+\.", ".", key), ""
 
 
 def _part(config: LoraConfig, path: str, found: dict[str, Any]) -> ModulePart:

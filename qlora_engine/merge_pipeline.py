@@ -89,7 +89,8 @@ def run_merge(
         plan: From ``make_merge_plan``.
         out: Folder to write; see ``Workspace.open`` for what may be there.
         overwrite: Replace ``out`` once the new output is whole.
-        resume: Go on with an interrupted run: finished weight files are kept.
+        resume: Go on with an interrupted run: finished weight files are kept. Returns at once if ``out`` is
+            what this run would make.
         progress: Called after each weight that the adapter changes, with whether an earlier run did it.
 
     Raises:
@@ -103,6 +104,8 @@ def run_merge(
         _check_apart(folder, out)
     list(plan.base.checkpoint.side_files())  # refuses links that lead out of the folder
     Workspace.tidy(out)
+    if resume and (finished := _finished(out, described)) is not None:
+        return finished
     workspace = Workspace.open(out, described, overwrite=overwrite, resume=resume)
     try:
         if not workspace.is_done:
@@ -121,6 +124,15 @@ def run_merge(
     except BaseException:
         workspace.close(remove=not workspace.is_done and not any(workspace.result.iterdir()))
         raise
+
+
+def _finished(out: Path, described: dict[str, Any]) -> MergeReport | None:
+    """The report of ``out`` if the same run has already made it."""
+    try:
+        report = _read_report(out)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return report if report.run == json.loads(json.dumps(described)) else None
 
 
 def _check_apart(folder: Path, out: Path) -> None:

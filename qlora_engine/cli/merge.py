@@ -62,10 +62,9 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.command(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=EXAMPLES,
-    help="Merge ADAPTER (a folder that PEFT or this program wrote, or a hub id) into BASE (dense, bitsandbytes, "
-    "or written by loftq-init; a folder or a hub id) and write OUT: a dense model that plain transformers "
-    "loads. "
-    "One weight is in memory at a time. OUT appears only when it is whole.",
+    help="Merge ADAPTER (a folder that PEFT or this program wrote, or a hub id) into BASE (dense, "
+    "bitsandbytes, or written by loftq-init; a folder or a hub id) and write OUT: a dense model that plain "
+    "transformers loads. One weight is in memory at a time. OUT appears only when it is whole.",
 )
 @click.argument("base")
 @click.argument("adapter")
