@@ -1,5 +1,6 @@
 """Rounding in a metric: GPTQ, coordinate descent and the joint refit of scales, for every format."""
 
+from .drift import drifted_target
 from .grid import Grid
 from .metric import cholesky, damp, downdate, objective
 from .refit import refit_scales
@@ -12,6 +13,7 @@ __all__ = [
     "coordinate_descent",
     "damp",
     "downdate",
+    "drifted_target",
     "gptq",
     "objective",
     "refit_scales",

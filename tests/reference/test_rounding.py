@@ -10,7 +10,15 @@ import torch
 from numpy.typing import NDArray
 
 from qlora_engine.inits import initialise
-from qlora_engine.rounding import Grid, coordinate_descent, downdate, gptq, objective, refit_scales
+from qlora_engine.rounding import (
+    Grid,
+    coordinate_descent,
+    downdate,
+    drifted_target,
+    gptq,
+    objective,
+    refit_scales,
+)
 from quant import QuantizedTensor, QuantSpec
 from quant.scales import search_scales
 
@@ -147,3 +155,31 @@ def test_closed_form_in_numpy(method: str, shape: tuple[int, int]) -> None:
     left = E - BA
     exact = np.sqrt(np.trace(left @ H @ left.T) / np.trace(W.double().numpy() @ H @ W.double().numpy().T))
     assert done.output_error == pytest.approx(exact, rel=1e-4)
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
+def test_drifted_target_in_numpy(blend: float) -> None:
+    """Ridge regression of the blended output on the drifted inputs, pulled towards the weight."""
+    rng = np.random.default_rng(1)
+    X = inputs()
+    Y = X + 0.3 * rng.standard_normal(X.shape) @ rng.standard_normal((IN, IN)) / 4
+    W = rng.standard_normal((OUT, IN))
+    H, cross, damping = Y.T @ Y / len(Y), Y.T @ X / len(Y), 0.02
+    ridge = np.sqrt(damping * np.diag(H).mean() * len(Y)) * np.eye(IN)
+    wanted = ((1 - blend) * Y + blend * X) @ W.T
+    change = np.linalg.lstsq(
+        np.vstack([Y, ridge]), np.vstack([wanted - Y @ W.T, np.zeros((IN, OUT))]), rcond=None
+    )[0]
+    tensors = (torch.from_numpy(a).float() for a in (W, H, cross))
+    got = drifted_target(*tensors, blend=blend, damping=damping).double().numpy()
+    np.testing.assert_allclose(got, W + change.T, atol=1e-4)
+    if blend:
+        assert np.linalg.norm(Y @ got.T - wanted) < 0.95 * np.linalg.norm(Y @ W.T - wanted)
+
+
+def test_drifted_target_refuses() -> None:
+    W, H = torch.zeros(3, 4), torch.eye(4)
+    with pytest.raises(ValueError, match="expected \\(4, 4\\) twice"):
+        drifted_target(W, H, torch.eye(5))
+    with pytest.raises(ValueError, match="blend 2"):
+        drifted_target(W, H, H, blend=2)
