@@ -106,6 +106,8 @@ class _Workspace:
         self.encoder = Encoder(fmt, flat.device, self.size)
         self.buffers = [torch.empty(self.size, device=flat.device) for _ in range(4)]
         self.consecutive = all(b - a == 1 for a, b in zip(fmt.levels, fmt.levels[1:]))
+        # what a fit explains tells candidates apart until it is all but 1e-5 of the block: float32 has 1e-7
+        self.coarse = fmt.bits < 8
         reach = fmt.unit / _GRID[fmt.bits][0]
         self.reach = 0 if self.consecutive else int(reach * _CELLS_PER_UNIT) + 2
         self.shift = torch.tensor(float(self.reach))
@@ -184,9 +186,15 @@ class _Workspace:
             torch.index_select(self.levels, 0, index, out=c.view(-1))
         if zero is not None:
             c.sub_(zero)
-        torch.mul(c, rel[:, None], out=self.t).sub_(self.v)
-        self.t.mul_(self.t)
-        return (self.t if self.h is None else self.t.mul_(self.h)).sum(1), c
+        return self.residual(c, rel, None), c
+
+    def residual(self, c: Tensor, s: Tensor, b: Tensor | None) -> Tensor:
+        """sum(h (s c + b - v)**2) by block, (n,)."""
+        t = torch.mul(c, s[:, None], out=self.t).sub_(self.v)
+        if b is not None:
+            t.add_(b[:, None])
+        t.mul_(t)
+        return (t if self.h is None else t.mul_(self.h)).sum(1)
 
 
 def nearest(x: Tensor, fmt: Format) -> Tensor:
@@ -202,13 +210,14 @@ def _ratio(num: Tensor, den: Tensor, otherwise: Tensor) -> Tensor:
 def _search_symmetric(work: _Workspace, signed: bool) -> Tensor:
     """The best scale of each block as a multiple of its absmax scale, (n,)."""
     one = work.v.new_ones(work.count)
-    best, best_gain = one, torch.zeros_like(one)
+    best, best_gain = one, torch.full_like(one, 0.0 if work.coarse else -math.inf)
     for m in multipliers(work.fmt, False):
         for c in itertools.islice(work.nearly(m), 2 if signed else 1):
             num, den = work.sums(c)
             fit = _ratio(num, den, one)
-            better = num * fit > best_gain
-            best_gain, best = torch.where(better, num * fit, best_gain), torch.where(better, fit, best)
+            gain = num * fit if work.coarse else -work.residual(c, fit, None)
+            better = gain > best_gain
+            best_gain, best = torch.where(better, gain, best_gain), torch.where(better, fit, best)
     chosen, (chosen_error, _) = one, work.error(one, None)
     for _ in range(_REFINEMENTS):
         error, c = work.error(best, None)
@@ -225,12 +234,15 @@ def _search_affine(work: _Workspace, base_zeros: Tensor) -> tuple[Tensor, Tensor
     low, high = -zero, top - zero
     total = one * work.block_size if work.h is None else work.h.sum(1).clamp_(min=TINY)
     v_sum = work.hv.sum(1)
-    best, best_zero, best_gain = one, zero, torch.zeros_like(one)
+    best, best_zero = one, zero
+    best_gain = torch.full_like(one, 0.0 if work.coarse else -math.inf)
     for p, q in itertools.product(_AFFINE_GRID[fmt.bits], repeat=2):
         scale = ((high * q - low * p) / top).clamp_(min=TINY)
         c = torch.mul(work.v, scale.reciprocal()[:, None], out=work.c).sub_((low * p / scale)[:, None])
         c.round_().clamp_(0, top)
         s, b, gain = _fit_line(work, c, v_sum, total)
+        if not work.coarse:
+            gain = -work.residual(c, s, b)
         better = (gain > best_gain) & (s > 0)
         best_gain, best = torch.where(better, gain, best_gain), torch.where(better, s, best)
         best_zero = torch.where(better, -b / s, best_zero)

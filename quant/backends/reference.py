@@ -54,7 +54,8 @@ def absmax_scales(weight: Tensor, fmt: Format, block_size: int) -> tuple[Tensor,
             scale = _over(high - low, fmt.unit)
             zeros.append(quantize_zeros(-low / scale.clamp(min=TINY), fmt))
         elif fmt.signed:
-            largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).squeeze(1)
+            low, high = blocks.amin(1), blocks.amax(1)
+            largest = torch.where(high >= -low, high, low)
             scale = _over(largest, fmt.unit)
         else:
             largest = blocks.abs().amax(1)

@@ -283,9 +283,8 @@ def _quantize_kernel(
         tl.store(zeros_ptr + block, z8.to(tl.uint8), mask=block < n_blocks)
         zero = z8 * (1.0 / (1 << (8 - BITS)))
     elif SIGNED:
-        first = tl.argmax(tl.abs(w), 1, tie_break_left=True)
-        here = tl.arange(0, BLOCK_SIZE)[None, :] == first[:, None]
-        scale = tl.div_rn(tl.sum(tl.where(here, w, 0.0), 1), one * unit)
+        low, high = tl.min(w, 1), tl.max(w, 1)
+        scale = tl.div_rn(tl.where(high >= -low, high, low), one * unit)
     else:
         largest = tl.max(tl.abs(w), 1)
         if not EVEN:

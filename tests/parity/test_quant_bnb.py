@@ -5,9 +5,9 @@ Known differences, counted below:
 - Nested scales. bitsandbytes' CPU encoder looks the 8-bit codes up in a table of 65,536 cells; ours, and its
   CUDA code, take the nearest level. The two are one level apart in about 0.2 % of the codes.
 - A group of 256 equal scales leaves nothing to encode: bitsandbytes writes code 0, ours 127, both mean 0.
-- Decoding on a CPU with AVX512, bitsandbytes takes a row to start a block. Where the row length is no multiple
-  of the block size it decodes garbage (rows of an odd or a few other lengths go another way and are right); seen
-  as one long row the same bytes are decoded right, which is what is compared with.
+- Decoding on a CPU with AVX512, bitsandbytes takes a row to start a block. Where the row length is no
+  multiple of the block size it decodes garbage (rows of odd and of a few other lengths go another way and are
+  right); seen as one long row the same bytes are decoded right, which is what is compared with.
 """
 
 import copy
