@@ -17,7 +17,7 @@ from quant.linear import QuantLinear
 from . import adapters
 from .auxiliary import AuxiliaryTrainingWrapper
 from .base_weight import is_bnb_linear, is_conv1d, restore_adopted
-from .config import LoraConfig, PeftConfig
+from .config import LoraConfig, PeftConfig, PeftType
 from .extra_modules import add_extra_trainable_modules
 from .lora import Linear, create_lora_layer
 from .lora_layer import LoraLayer
@@ -94,6 +94,7 @@ class LoraModel(nn.Module):
     """
 
     prefix: str = "lora_"
+    uses_shared_state: bool = False  # nothing is shared between layers
     tuner_layer_cls = LoraLayer
 
     def __init__(
@@ -460,6 +461,7 @@ class LoraModel(nn.Module):
 
 
 BaseTuner = LoraModel
+PEFT_TYPE_TO_TUNER_MAPPING: dict[str, type[LoraModel]] = {PeftType.LORA: LoraModel}
 
 
 def _trainability(model: nn.Module, adapter_name: str) -> list[tuple[Any, bool]]:

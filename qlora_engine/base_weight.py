@@ -176,6 +176,16 @@ def store_weight(module: nn.Module, weight: Tensor) -> None:
         module.weight.data = weight  # type: ignore[union-attr]
 
 
+def is_known(module: nn.Module) -> bool:
+    """Whether the layer is of a kind that LoRA is meant for here."""
+    known = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+    return (
+        isinstance(module, (*known, QuantLinear, QuantEmbedding))
+        or is_conv1d(module)
+        or bool(is_bnb_linear(module))
+    )
+
+
 def in_out_features(module: nn.Module) -> tuple[int | None, int | None]:
     """(in, out) of the layer's linear map; an embedding's (rows, row width), a convolution's channels."""
     if isinstance(module, (nn.Embedding, QuantEmbedding)):

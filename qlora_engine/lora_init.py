@@ -187,6 +187,13 @@ def replace_base(layer: LoraLayer, module: nn.Module) -> None:
 
 def _initialise_from_weight(layer: LoraLayer, adapter: str, method: str, name: str) -> None:
     base = layer.get_base_layer()
+    if is_quantized(base) and method.startswith("pissa"):
+        raise TypeError(
+            "Please initialize PiSSA under float32, float16, or bfloat16: the residual of a weight that "
+            "lies on a "
+            "grid does not, and would have to be rounded again. Use init_lora_weights='loftq' with "
+            "start='svd'."
+        )
     weight = _base_matrix(layer)
     spec = base.spec if isinstance(base, QuantizedModule) else None
     options = _options(layer, name)
@@ -230,7 +237,7 @@ def _initialise_mica(layer: LoraLayer, adapter: str) -> None:
 
 def _freeze_B(layer: LoraLayer, adapter: str) -> None:
     attribute = "lora_embedding_B" if adapter in layer.lora_embedding_B else "lora_B"
-    layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter: (attribute,)}
+    layer.frozen_peft_weight_names[adapter] = (attribute,)
 
 
 def _initialise_orthogonal(layer: LoraLayer, adapter: str, name: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base_weight import in_out_features
+from .base_weight import in_out_features, is_known
 from .config import LoraConfig, PeftWarning
 from .dora import DoraLinearLayer, adapted_norm, caching
 from .lora_init import InitRecord, initialise_adapter
@@ -71,6 +71,7 @@ class LoraLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.ephemeral_gpu_offload = ephemeral_gpu_offload
         self.kwargs = kwargs
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.init_records: dict[str, InitRecord] = {}
         # What merging keeps to restore the base exactly; never part of a state dict.
         self._caches: dict[str, Any] = {}
@@ -78,7 +79,7 @@ class LoraLayer(BaseTunerLayer):
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[Any, Any]:
         sizes = in_out_features(module)
-        if None in sizes:
+        if not is_known(module):
             warnings.warn(
                 f"Unsupported layer type '{type(module)}' encountered, proceed at your own risk.",
                 stacklevel=2,

@@ -29,10 +29,11 @@ class TrainableTokensLayer(BaseTunerLayer, nn.Module):
     Attributes:
         trainable_tokens_delta: ParameterDict, the rows (n, dim) by adapter.
         token_indices: Their token ids by adapter.
+        trainable_tokens_original: The base's rows by adapter, as they were when it was added or last merged.
     """
 
     adapter_layer_names = ("trainable_tokens_delta",)
-    other_param_names = ("token_indices",)
+    other_param_names = ("token_indices", "trainable_tokens_original")
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, tied_adapter: TrainableTokensLayer | None = None
@@ -45,12 +46,12 @@ class TrainableTokensLayer(BaseTunerLayer, nn.Module):
         if tied_adapter is None:
             self.trainable_tokens_delta: Any = nn.ParameterDict()
             self.token_indices: dict[str, list[int]] = {}
+            self.trainable_tokens_original: dict[str, Tensor] = {}
         else:
             self.trainable_tokens_delta = tied_adapter.trainable_tokens_delta
             self.token_indices = tied_adapter.token_indices
+            self.trainable_tokens_original = tied_adapter.trainable_tokens_original
         self.merged_adapters: list[str] = []
-        # Rows of the base that merging replaced, by adapter.
-        self._replaced: dict[str, Tensor] = {}
         self.in_features, self.out_features = in_out_features(base_layer)
 
     @property
@@ -78,7 +79,9 @@ class TrainableTokensLayer(BaseTunerLayer, nn.Module):
             return
         assert token_indices is not None
         self.token_indices[adapter_name] = token_indices
-        self.trainable_tokens_delta[adapter_name] = nn.Parameter(self._base_rows(token_indices))
+        rows = self._base_rows(token_indices)
+        self.trainable_tokens_original[adapter_name] = rows
+        self.trainable_tokens_delta[adapter_name] = nn.Parameter(rows.clone())
 
     def _check_overlapping_tokens(self, adapter_names: list[str]) -> None:
         seen: set[int] = set()
@@ -115,7 +118,7 @@ class TrainableTokensLayer(BaseTunerLayer, nn.Module):
         merged = weight.data
         for name in names:
             index = torch.tensor(self.token_indices[name], device=merged.device)
-            self._replaced[name] = merged[index].clone()
+            self.trainable_tokens_original[name] = merged[index].clone()
             merged = merged.index_copy(0, index, self.trainable_tokens_delta[name].to(merged))
             self.merged_adapters.append(name)
         weight.data = merged
@@ -130,7 +133,7 @@ class TrainableTokensLayer(BaseTunerLayer, nn.Module):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             index = torch.tensor(self.token_indices[name], device=weight.device)
-            weight.data.index_copy_(0, index, self._replaced.pop(name).to(weight.data))
+            weight.data.index_copy_(0, index, self.trainable_tokens_original[name].to(weight.data))
 
     def get_merged_weights(self, active_adapters: list[str]) -> Tensor:
         """The weight with the trained rows in it, differentiable in them; not a Parameter."""
@@ -190,7 +193,10 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """
 
     adapter_layer_names: tuple[str, ...] = ("token_adapter.trainable_tokens_delta",)
-    other_param_names: tuple[str, ...] = ("token_adapter.token_indices",)
+    other_param_names: tuple[str, ...] = (
+        "token_adapter.token_indices",
+        "token_adapter.trainable_tokens_original",
+    )
     _title = "trainable_token_indices"
 
     def __init__(

@@ -158,8 +158,8 @@ class BaseTunerLayer:
             container = getattr(self, attribute)
             if adapter_name in container:
                 del container[adapter_name]
-        frozen = self.frozen_peft_weight_names
-        self.frozen_peft_weight_names = {name: frozen[name] for name in frozen if name != adapter_name}
+        if adapter_name in self.frozen_peft_weight_names:
+            del self.frozen_peft_weight_names[adapter_name]  # type: ignore[attr-defined]
         if adapter_name not in self.active_adapters:
             return
         still_active = [name for name in self.active_adapters if name != adapter_name]

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from quant import packing
-from quant.backends.reference import dense_zeros
+from quant.embedding_op import embedding_rows
 from quant.linear_op import TENSOR_NAMES, as_quantized, quant_linear
 from quant.spec import NESTED_BLOCK_SIZE, QuantSpec
-from quant.tables import tables
 from quant.tensor import QuantizedTensor
 
 
@@ -270,27 +269,18 @@ class QuantEmbedding(QuantizedModule):
 
     def rows(self, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Dequantise the rows ``index`` (any shape, integer): (*index.shape, embedding_dim)."""
-        dtype = dtype or self.weight_dtype
-        bits, width = self.spec.bits, self.embedding_dim
-        if width * bits % 8:  # a row does not begin on a byte: no way around the whole table
-            return self.dequantize(dtype)[index]
-        q = self.quantized()
-        flat = index.reshape(-1)
-        row_bytes = q.codes.reshape(self.num_embeddings, -1)[flat]  # (n, row bytes)
-        codes = packing.unpack(row_bytes.reshape(-1), bits, flat.numel() * width).reshape(-1, width)
-        first = flat.unsqueeze(1) * width
-        block = (first + torch.arange(width, device=flat.device)) // self.spec.block_size  # (n, width)
-        if q.nested_scales is None or q.nested_map is None or q.nested_offset is None:
-            scale = q.scales[block]
-        else:
-            scale = (
-                q.nested_map[q.scales[block].int()] * q.nested_scales[block // NESTED_BLOCK_SIZE]
-                + q.nested_offset
-            )
-        values = tables(self.spec.fmt, flat.device).levels[codes.int()]
-        if q.zeros is not None:
-            values = values - dense_zeros(q.zeros[block], self.spec.fmt)
-        return (values * scale).to(dtype).reshape(*index.shape, width)
+        tensors = [getattr(self, name) for name in TENSOR_NAMES]
+        spec = self.spec
+        rows = embedding_rows(
+            index,
+            *tensors,
+            spec.format,
+            spec.block_size,
+            spec.double_quant,
+            *self.shape,
+            dtype or self.weight_dtype,
+        )
+        return cast(Tensor, rows)
 
     def forward(self, x: Tensor) -> Tensor:
         """Token ids (any shape, integer) -> rows of ``weight_dtype`` (*x.shape, embedding_dim)."""
