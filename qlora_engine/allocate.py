@@ -119,6 +119,7 @@ def measure(
         InputError: weight, Hessian or sensitivity that are not finite or do not fit together.
     """
     dense = weight.detach().float()
+    hessian = None if hessian is None else hessian.to(dense.device)
     if dense.ndim != 2 or (hessian is not None and hessian.shape[-1] != dense.shape[1]):
         shape = None if hessian is None else tuple(hessian.shape)
         raise InputError(f"weight {tuple(dense.shape)} with hessian {shape}; expected (out, in) and (in, in)")

@@ -25,6 +25,23 @@ _SHARE_OF_FREE = 0.25  # the rest is for a block, its Hessians and what a batch 
 Inputs = Literal["original", "replaced", "both"]
 
 
+@dataclass(frozen=True)
+class LayerMoment:
+    """What a layer was fed.
+
+    Attributes:
+        hessian: H = E[x x^T], float32 (in, in), or its diagonal (in,); layers with the same inputs share it.
+        mean: E[x], float32 (in,).
+        tokens: How many x.
+        shrinkage: How far to shrink H before rounding in it (``SecondMoment.shrinkage``).
+    """
+
+    hessian: Tensor
+    mean: Tensor
+    tokens: int
+    shrinkage: float
+
+
 @dataclass
 class BlockStep:
     """The layers of one block (or of what stands before or behind the blocks) and what they were fed.
@@ -36,12 +53,9 @@ class BlockStep:
         block: The live module, or the whole model where ``path`` is "". What the caller leaves in it is what
             replaced inputs are propagated through.
         targets: The layers by name.
-        hessians: H by layer, float32 (in, in) or the diagonal (in,); layers with the same input have the same
-            tensor; layers that were fed nothing are absent. Of the original inputs, or of the replaced ones
-            with ``inputs="replaced"``.
-        means: E[x] by layer, float32 (in,).
-        tokens: Tokens by layer, those of absent layers too (0).
-        replaced: E[y y^T] of the inputs y through replaced blocks; only with ``inputs="both"``.
+        moments: By layer; those that were fed nothing are absent. Of the original inputs, or of the replaced
+            ones with ``inputs="replaced"``.
+        replaced: Of the inputs y through replaced blocks; only with ``inputs="both"``.
         cross: E[y x^T], rows of y and columns of the original x; only with ``inputs="both"``, and not where
             the two streams were routed to different experts.
     """
@@ -51,11 +65,14 @@ class BlockStep:
     count: int
     block: nn.Module
     targets: dict[str, Target]
-    hessians: dict[str, Tensor]
-    means: dict[str, Tensor]
-    tokens: dict[str, int]
-    replaced: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, LayerMoment]
+    replaced: dict[str, LayerMoment] = field(default_factory=dict)
     cross: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def hessians(self) -> dict[str, Tensor]:
+        """H of ``moments`` by layer."""
+        return {name: moment.hessian for name, moment in self.moments.items()}
 
     def replace(self, name: str, weight: Tensor) -> None:
         """Overwrite a layer's weight, in the orientation and dtype that it is stored in."""
@@ -67,20 +84,24 @@ class BlockStep:
             stored.copy_(weight)
 
 
-def means(groups: Mapping[str, Group], *, cross: bool = False) -> dict[str, Tensor]:
-    """H by layer on the CPU, one tensor a group (or the cross moments, where there are); uses the sums up."""
-    made: dict[int, Tensor] = {}
-    for group in groups.values():
-        if id(group) not in made:
-            moment = group.cross if cross else group.moment
-            if moment is not None:
-                made[id(group)] = moment.mean(release=True).cpu()
+def layer_moments(groups: Mapping[str, Group]) -> dict[str, LayerMoment]:
+    """Moments by layer on the CPU, the tensors of a group once; uses the sums up."""
+    made: dict[int, LayerMoment] = {}
+    for group in _distinct(groups):
+        moment = group.moment
+        hessian = moment.mean(release=True)
+        share = moment.shrinkage(hessian)
+        made[id(group)] = LayerMoment(hessian.cpu(), moment.mean_input().cpu(), moment.tokens, share)
+    return {name: made[id(group)] for name, group in groups.items()}
+
+
+def _cross_moments(groups: Mapping[str, Group]) -> dict[str, Tensor]:
+    made = {id(g): g.cross.mean(release=True).cpu() for g in _distinct(groups) if g.cross is not None}
     return {name: made[id(group)] for name, group in groups.items() if id(group) in made}
 
 
-def mean_inputs(groups: Mapping[str, Group]) -> dict[str, Tensor]:
-    """E[x] by layer on the CPU, float32 (in,)."""
-    return {name: group.moment.mean_input().cpu() for name, group in groups.items()}
+def _distinct(groups: Mapping[str, Group]) -> Iterable[Group]:
+    return {id(group): group for group in groups.values()}.values()
 
 
 def walk_blocks(
@@ -153,9 +174,7 @@ class _Walk:
         inside = 0 <= index < len(self.blocks)
         path = self.blocks.prefix(index) if inside else ""
         block = self.blocks.layers[index] if inside else self.blocks.model
-        inputs = mean_inputs(groups)
-        tokens = {name: groups[name].moment.tokens if name in groups else 0 for name in targets}
-        return BlockStep(path, index, len(self.blocks), block, targets, means(groups), inputs, tokens)
+        return BlockStep(path, index, len(self.blocks), block, targets, layer_moments(groups))
 
     def _keep(self, hidden: Tensor) -> Tensor:
         return hidden.to(self._waiting, self.activation_dtype or hidden.dtype)
@@ -239,7 +258,7 @@ class _Walk:
             step = self._step(index, targets, first)
             if both:
                 groups = second.finish()
-                step.replaced, step.cross = means(groups), means(groups, cross=True)
+                step.cross, step.replaced = _cross_moments(groups), layer_moments(groups)
             yield step
         if self.inputs != "original":
             for n, call in enumerate(calls):
@@ -266,5 +285,5 @@ class _Walk:
         step = self._step(len(self.blocks), targets, first)
         if both:
             groups = second.finish()
-            step.replaced, step.cross = means(groups), means(groups, cross=True)
+            step.cross, step.replaced = _cross_moments(groups), layer_moments(groups)
         return step

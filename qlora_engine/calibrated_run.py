@@ -23,7 +23,7 @@ from .errors import InputError
 from .files import write_json
 from .options import InitOptions
 from .plan import Plan
-from .texts import load_texts
+from .texts import DEFAULT_WINDOW, load_texts
 
 BUDGET_FORMATS = ("nf2", "nf3", "nf4", "int8")
 SENSITIVITY_WINDOWS = 4  # measured on few windows: only ratios between layers matter
@@ -40,7 +40,7 @@ class Source:
         load: A calibration that was saved earlier, or None.
         save: Where to keep the calibration, or None.
         windows: Windows of text.
-        window: Tokens of each; None: as many as the tokenizer allows, at most 1024.
+        window: Tokens of each; None: as many as tokenizer and model take, at most 1024.
 
     Raises:
         InputError: both texts and a saved calibration, or a count that is not positive.
@@ -115,7 +115,9 @@ def obtain(
     described = json.loads(json.dumps({**identity, "input": plan.checkpoint.identity()}))
     if not (path.is_file() and beside.is_file() and _read(beside) == described):
         path.parent.mkdir(parents=True, exist_ok=True)
-        windows = load_texts(source.texts, _tokenizer(plan), window=source.window, num_windows=source.windows)
+        windows = load_texts(
+            source.texts, _tokenizer(plan), window=_window(source, plan), num_windows=source.windows
+        )
         calibrate(
             plan.checkpoint.folder,
             windows,
@@ -156,16 +158,13 @@ def share_out(
             weight = layer.entry.read().to(device)
             yield layer.path, weight.T.contiguous() if layer.module.kind == "conv1d" else weight
 
-    usable = None
+    known: dict[str, Tensor] = {}
     if calibration is not None:
-        usable = {
-            layer.path: H.to(device)
-            for layer in plan.layers
-            if layer.module.kind != "embedding" and (H := calibration.hessian(layer.path)) is not None
-        }
-    known = calibration.sensitivities if calibration is not None else {}
-    everywhere = all(layer.path in known for layer in plan.layers)
-    choices = layer_choices(weights(), specs, usable, known if everywhere else None)
+        minded = ((layer.path, calibration.sensitivity(layer.path)) for layer in plan.layers)
+        known = {path: values for path, values in minded if values is not None}
+    everywhere = len(known) == len(plan.layers)
+    # The calibration reads one H at a time: that of the layer being measured.
+    choices = layer_choices(weights(), specs, calibration, known if everywhere else None)
     allocation = allocate(choices, budget)
     patterns = {f"^{re.escape(path)}$": _width(spec) for path, spec in allocation.specs.items()}
     return replace(plan.options, bits_pattern=patterns), allocation
@@ -174,6 +173,16 @@ def share_out(
 def _width(spec: QuantSpec) -> str:
     """A spec as ``options.parse_width`` reads it."""
     return f"{spec.format}/{spec.block_size}/{'double' if spec.double_quant else 'plain'}"
+
+
+def _window(source: Source, plan: Plan) -> int | None:
+    """As asked for, or what tokenizer and model both take, at most 1024."""
+    config = plan.checkpoint.config
+    longest = config.get("max_position_embeddings") or config.get("n_positions")
+    if source.window is not None or not isinstance(longest, int):
+        return source.window
+    by_tokenizer = getattr(_tokenizer(plan), "model_max_length", None) or DEFAULT_WINDOW
+    return min(DEFAULT_WINDOW, longest, by_tokenizer)
 
 
 def _tokenizer(plan: Plan) -> Any:

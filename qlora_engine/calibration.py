@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_engine.blocks import Mode, NotSequential, make_batches, prepared, run_model
-from qlora_engine.blockwise import mean_inputs, means, walk_blocks
+from qlora_engine.blockwise import LayerMoment, layer_moments, walk_blocks
 from qlora_engine.calibration_result import (
     Calibration,
     LayerInputs,
@@ -76,7 +76,7 @@ def calibrate(
         activation_dtype: Of hidden states that wait between blocks; None is the model's.
         max_full_width: Wider inputs keep only the diagonal of H. None: all are kept whole, 4 bytes times the
             square of the width each.
-        min_tokens: A layer with fewer is left out of ``Calibration.hessian``; None is ``enough_tokens``.
+        min_tokens: A layer with fewer is left out of ``Calibration.hessian``; None is ``MIN_TOKENS``.
         sensitivity_windows: Measure on so many of the windows how much the loss minds each layer's outputs
             (``Calibration.sensitivities``): it makes layers comparable when a budget of bits is shared out. A
             few are enough; it costs about three passes over them, in the same mode.
@@ -121,7 +121,7 @@ def calibrate(
                     max_full_width=max_full_width,
                 )
                 for step in steps:
-                    collector.take(step.targets, step.hessians, step.means, step.tokens)
+                    collector.take(step.targets, step.moments)
                     if progress is not None:
                         done = min(step.index + 1, step.count)
                         progress(done, step.count, step.path or "around the blocks")
@@ -140,9 +140,7 @@ def calibrate(
                 )
                 found = find_targets(model, list(found))
             observer = _run_whole(model, texts, found, device, batch_size, max_full_width, progress)
-            groups = observer.finish()
-            tokens = {name: group.moment.tokens for name, group in groups.items()}
-            collector.take(found, means(groups), mean_inputs(groups), tokens)
+            collector.take(found, layer_moments(observer.finish()))
         sensitivities: dict[str, Tensor] = {}
         if sensitivity_windows:
             sensitivities = output_sensitivity(
@@ -234,38 +232,37 @@ class _Collector:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def take(
-        self,
-        targets: Mapping[str, Target],
-        hessians: Mapping[str, Tensor],
-        inputs: Mapping[str, Tensor],
-        tokens: Mapping[str, int],
-    ) -> None:
+    def take(self, targets: Mapping[str, Target], moments: Mapping[str, LayerMoment]) -> None:
         facts: dict[int, LayerInputs] = {}
         for name, target in targets.items():
             weight = target.weight
             sample = () if weight is None or weight.is_meta else sample_weight(weight)
             shape = () if weight is None else tuple(weight.shape)
-            if name not in hessians:
+            if name not in moments:
                 self.layers[name] = LayerInputs(0, 0, "none", weight_shape=shape, weight_sample=sample)
                 continue
-            hessian = hessians[name]
-            if id(hessian) not in facts:
-                facts[id(hessian)] = LayerInputs(
-                    tokens[name],
-                    hessian.shape[-1],
-                    "full" if hessian.ndim == 2 else "diagonal",
-                    stored=name,
-                    dead=int(dead_inputs(hessian).sum()),
-                    condition=self._condition(hessian),
-                )
-                self.means[name] = inputs[name]
-                if self._writer is None:
-                    self.tensors[name] = hessian
-                else:
-                    self._writer.add(name, hessian)
-            known = facts[id(hessian)]
+            moment = moments[name]
+            if id(moment) not in facts:
+                facts[id(moment)] = self._store(name, moment)
+            known = facts[id(moment)]
             self.layers[name] = replace(known, weight_shape=shape, weight_sample=sample)
+
+    def _store(self, name: str, moment: LayerMoment) -> LayerInputs:
+        hessian = moment.hessian
+        self.means[name] = moment.mean
+        if self._writer is None:
+            self.tensors[name] = hessian
+        else:
+            self._writer.add(name, hessian)
+        return LayerInputs(
+            moment.tokens,
+            hessian.shape[-1],
+            "full" if hessian.ndim == 2 else "diagonal",
+            stored=name,
+            dead=int(dead_inputs(hessian).sum()),
+            condition=self._condition(hessian),
+            shrinkage=moment.shrinkage,
+        )
 
     def _condition(self, hessian: Tensor) -> float | None:
         if hessian.shape[-1] > CONDITION_UP_TO:

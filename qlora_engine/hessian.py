@@ -16,6 +16,15 @@ import torch
 from torch import Tensor
 
 _MIN_TILE = 128  # narrower products are slow in BLAS
+_UNIT = 512  # tokens that count as one observation: neighbours in a text are not independent
+_SKETCHES = 32  # random bilinear forms that stand for the matrix; their mean is good to about a tenth
+# Rounding exploits chance correlations beyond their share in squared error. Chosen on SmolLM2 (block 3, widths
+# 576 and 1536, 1024 to 32,768 tokens): the share of least output error on other text, after GPTQ and the closed
+# form at rank 16, was 3 to 8 times the one of least squared error of H.
+_CAUTION = 4.0
+# What is left of the strongest correlations is worth much: at 64 tokens of width 576 the error is .93 times
+# LoftQ's with a share of 1, .87 with .97.
+_MOST = 0.95
 
 
 @contextmanager
@@ -55,6 +64,9 @@ class SecondMoment:
         first: Sum of x, float32 (width,).
     """
 
+    _scale: Tensor  # root mean square of each feature in the first rows, to weigh features alike
+    _signs: Tensor  # (2, width, _SKETCHES)
+
     def __init__(
         self, width: int, *, diagonal: bool = False, device: torch.device | str | None = None
     ) -> None:
@@ -65,6 +77,10 @@ class SecondMoment:
         self.tokens = 0
         self.sum = torch.zeros((width,) if diagonal else (width, width), device=device)
         self.first = torch.zeros(width, device=device)
+        # West's running mean and squared deviation of v^T R u over units of tokens, for random signs v and u.
+        self._mean = torch.zeros(_SKETCHES, device=device)
+        self._spread = torch.zeros(_SKETCHES, device=device)
+        self._weight = self._squared_weights = 0
 
     def add(self, x: Tensor, *, sign: int = 1) -> None:
         """Count tokens.
@@ -87,11 +103,71 @@ class SecondMoment:
         if self.diagonal:
             self.sum.add_(rows.square().sum(0), alpha=sign)
             return
+        self._sketch(rows, min(x.shape[-2] if x.ndim > 1 else 1, _UNIT), sign)
         tile = max(_MIN_TILE, -(-self.width // 8))
         with ieee_float32():
             for start in range(0, self.width, tile):
                 stop = min(start + tile, self.width)
                 self.sum[:stop, start:stop].addmm_(rows[:, :stop].T, rows[:, start:stop], alpha=sign)
+
+    def _sketch(self, rows: Tensor, unit: int, sign: int) -> None:
+        """Count units of rows (a text, or a piece of it) in the statistics of random bilinear forms of R."""
+        if not rows.numel():
+            return
+        if not self._squared_weights:
+            self._scale = rows.square().mean(0).sqrt()
+            self._scale[self._scale == 0] = 1
+            generator = torch.Generator().manual_seed(0)
+            signs = torch.randint(0, 2, (2, self.width, _SKETCHES), generator=generator) * 2 - 1
+            self._signs = signs.to(self.sum.device, torch.float32)
+        with ieee_float32():
+            z = rows / self._scale
+            forms = (z @ self._signs[0]) * (z @ self._signs[1])  # (n, _SKETCHES)
+        for piece in forms.split(unit)[::sign]:
+            weight, form = piece.shape[0], piece.mean(0)
+            if sign > 0:
+                before, after = self._weight, self._weight + weight
+                deviation = form - self._mean
+                self._mean += deviation * (weight / after)
+            else:
+                before, after = self._weight - weight, self._weight
+                if before:
+                    self._mean += (self._mean - form) * (weight / before)
+                deviation = form - self._mean
+            self._spread.add_(deviation.square(), alpha=sign * weight * before / after)
+            self._weight += sign * weight
+            self._squared_weights += sign * weight * weight
+
+    def shrinkage(self, mean: Tensor) -> float:
+        """How far to shrink the correlations of H before rounding in it, in [0, .95] (``shrink``).
+
+        A second moment of few tokens has correlations that the next text has not. Their expected square,
+        relative to that of all correlations, is estimated from how much units of text differ, after Schäfer
+        and Strimmer 2005 (doi 10.2202/1544-6115.1175), every feature scaled alike; from fewer than two units,
+        as if tokens were independent and normal.
+
+        Measured as above at 3 bits, damping .01, as a multiple of LoftQ's error on other text: width 1536 from
+        4096 tokens .992 unshrunk and .857 shrunk, from 32,768 .830 and .820; width 576 .757 and .738, .707 and
+        .707; from 512 tokens that were drawn singly 1.14 and .88, .98 and .76.
+
+        Args:
+            mean: What ``mean`` returned.
+        """
+        if self.diagonal or self.width == 1 or not self.tokens:
+            return 0.0
+        correlated = 0.0  # sum of squared scaled entries off the diagonal
+        for rows, scales in zip(mean.split(1024), self._scale.split(1024)):
+            correlated += float((rows / self._scale / scales[:, None]).square().sum(dtype=torch.float64))
+        own = float((mean.diagonal() / self._scale.square()).square().sum())
+        correlated = max(correlated - own, 0.0)
+        if not correlated:
+            return 0.0
+        units = self._weight**2 / self._squared_weights
+        if units >= 2:
+            chance = float(self._spread.mean()) / self._weight / (units - 1)
+        else:
+            chance = (correlated + self.width**2) / self.tokens
+        return min(_CAUTION * chance / correlated, _MOST)
 
     def add_ids(self, ids: Tensor) -> None:
         """Count one-hot inputs, given as indices of any shape: the inputs of an embedding.
@@ -115,6 +191,10 @@ class SecondMoment:
         other = SecondMoment(self.width, diagonal=self.diagonal, device=self.sum.device)
         other.sum.copy_(self.sum)
         other.first.copy_(self.first)
+        other._mean, other._spread = self._mean.clone(), self._spread.clone()
+        other._weight, other._squared_weights = self._weight, self._squared_weights
+        if self._squared_weights:
+            other._scale, other._signs = self._scale, self._signs
         other.tokens = self.tokens
         return other
 
@@ -212,6 +292,15 @@ def diagonal(hessian: Tensor) -> Tensor:
 def dead_inputs(hessian: Tensor) -> Tensor:
     """Which features no token ever reached: bool (in,). Their columns of the weight do not matter to H."""
     return diagonal(hessian) == 0
+
+
+def shrink(hessian: Tensor, share: float) -> Tensor:
+    """H with its off-diagonal part reduced by ``share``: (in, in), a copy. A diagonal (in,) stays."""
+    if hessian.ndim == 1:
+        return hessian
+    shrunk = hessian * (1 - share)
+    shrunk.diagonal().copy_(hessian.diagonal())
+    return shrunk
 
 
 def energy(error: Tensor, hessian: Tensor | None) -> float:

@@ -69,8 +69,8 @@ def test_block_by_block_equals_whole_model(make_model: Callable[..., Any], name:
     expected = whole(copy.deepcopy(model), texts)
     found: dict[str, tuple[int, Tensor]] = {}
     for step in walk_blocks(model, texts, batch_size=2):
-        found |= {n: (step.tokens[n], h) for n, h in step.hessians.items()}
-        assert {n for n, t in step.tokens.items() if t == 0} == step.tokens.keys() - step.hessians.keys()
+        found |= {n: (moment.tokens, moment.hessian) for n, moment in step.moments.items()}
+        assert step.moments.keys() <= step.targets.keys()
     assert found.keys() == expected.keys()
     assert len(found) >= 6
     for layer, (tokens, hessian) in expected.items():
@@ -131,7 +131,7 @@ def test_layers_around_the_blocks(make_model: Callable[..., Any]) -> None:
     assert [set(step.hessians) for step in steps] == [set(names[:2]), {names[4]}, set(names[2:4])]
     for step in steps:
         for layer, hessian in step.hessians.items():
-            assert step.tokens[layer] == 49
+            assert step.moments[layer].tokens == 49
             torch.testing.assert_close(hessian, expected[layer][1], rtol=1e-3, atol=1e-6)
 
 
@@ -156,8 +156,8 @@ def test_inputs_behind_replaced_blocks(make_model: Callable[..., Any], name: str
             reference = (drifted if inputs == "replaced" else expected)[layer][1]
             torch.testing.assert_close(hessian, reference, rtol=1e-3, atol=1e-6)
         if inputs == "both":
-            for layer, hessian in step.replaced.items():
-                torch.testing.assert_close(hessian, drifted[layer][1], rtol=1e-3, atol=1e-6)
+            for layer, moment in step.replaced.items():
+                torch.testing.assert_close(moment.hessian, drifted[layer][1], rtol=1e-3, atol=1e-6)
             assert step.replaced.keys() == step.cross.keys() == step.hessians.keys()
         noisy(step)
         finished.load_state_dict(model.state_dict())

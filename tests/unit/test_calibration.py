@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from qlora_engine.calibration import Calibration, calibrate
-from qlora_engine.calibration_result import enough_tokens
 from qlora_engine.errors import InputError
+from qlora_engine.hessian import shrink
 from qlora_engine.hessian_file import HessianFile, HessianWriter
 from qlora_engine.sensitivity import output_sensitivity
 from qlora_engine.texts import load_texts
@@ -134,12 +134,10 @@ def test_few_tokens_are_a_problem(make_model: Callable[..., Any]) -> None:
     name, texts = "model.layers.0.mlp.down_proj", windows(60)
     calibration = calibrate(make_model("llama"), texts, [name])
     assert calibration.hessian(name) is None
-    assert (
-        calibration.problem(name) == f"only 60 calibration tokens reached it; {enough_tokens(96)} are needed"
-    )
+    assert calibration.problem(name) == "only 60 calibration tokens reached it; 64 are needed"
     assert calibration.summary()["not_usable"] == {name: calibration.problem(name)}
     relaxed = calibrate(make_model("llama"), texts, [name], min_tokens=60)
-    assert relaxed.hessian(name) is not None
+    assert relaxed.hessian(name, shrunk=False) is relaxed[name]
     assert relaxed.problem(name) is None
     assert calibration.problem("elsewhere") == "not calibrated"
     assert calibration.hessian("elsewhere") is None
@@ -237,7 +235,10 @@ def test_hessian_checks_the_weight(make_model: Callable[..., Any]) -> None:
     calibration = calibrate(model, windows(100, 100), [name])
     weight = model.get_submodule(name).weight.detach()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert calibration.hessian(name, weight.to(dtype)) is not None
+        given = calibration.hessian(name, weight.to(dtype))
+        assert given is not None
+        assert torch.equal(given, shrink(calibration[name], calibration.layers[name].shrinkage))
+        assert 0 < calibration.layers[name].shrinkage <= 1
     with pytest.raises(InputError, match=r"made with another model: the weight of .*down_proj differs"):
         calibration.hessian(name, weight + 0.1)
     with pytest.raises(InputError, match=r"for 96 inputs, the weight is \(64, 64\)"):

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from qlora_engine.hessian import (
+    _CAUTION,
+    _MOST,
     CrossMoment,
     SecondMoment,
     condition,
@@ -15,8 +17,11 @@ from qlora_engine.hessian import (
     ieee_float32,
     mirror_,
     pack_upper,
+    shrink,
     unpack_upper,
 )
+from qlora_engine.rounding import Grid, gptq
+from quant import QuantSpec, quantize
 
 
 @pytest.mark.parametrize("width", [1, 5, 127, 128, 300, 1100])
@@ -148,6 +153,99 @@ def test_dead_inputs() -> None:
     moment.add(x)
     assert dead_inputs(moment.mean()).tolist() == [False, False, True, False]
     assert dead_inputs(torch.tensor([1.0, 0.0])).tolist() == [False, True]
+
+
+def test_shrink_reduces_correlations_only() -> None:
+    x = torch.randn(300, 40) + 1
+    hessian = x.T @ x / 300
+    shrunk = shrink(hessian, 0.25)
+    assert torch.equal(shrunk.diagonal(), hessian.diagonal())
+    off = ~torch.eye(40, dtype=torch.bool)
+    assert torch.equal(shrunk[off], hessian[off] * 0.75)
+    assert torch.equal(shrink(hessian, 0.0), hessian)
+    assert torch.equal(shrink(hessian.diagonal(), 0.5), hessian.diagonal())
+
+
+def chance_in(few: torch.Tensor, exact: torch.Tensor) -> float:
+    """What part of the squared correlations in ``few`` is off the true ones."""
+    off = ~torch.eye(few.shape[0], dtype=torch.bool)
+    scale = exact.diagonal().sqrt()
+    found, true = (few / scale / scale[:, None])[off], (exact / scale / scale[:, None])[off]
+    return float((found - true).square().sum() / found.square().sum())
+
+
+@pytest.mark.parametrize(("tokens", "strength"), [(512, 0.5), (2048, 0.5), (2048, 2.0), (20_000, 0.5)])
+def test_shrinkage_estimates_the_chance_correlations(tokens: int, strength: float) -> None:
+    mix = torch.eye(128) + strength * torch.randn(128, 16) @ torch.randn(16, 128) / 16
+    mix = mix * torch.logspace(-2, 2, 128)
+    moment = SecondMoment(128)
+    for rows in (torch.randn(tokens, 128) @ mix).split(400):  # unequal batches
+        moment.add(rows)
+    mean = moment.mean()
+    # 32 sketches give a tenth, few units and the fixed scales the rest.
+    expected = min(_CAUTION * chance_in(mean, mix.T @ mix), _MOST)
+    assert moment.shrinkage(mean) == pytest.approx(expected, rel=0.6)
+
+
+def test_shrinkage_sees_that_neighbours_repeat_each_other() -> None:
+    """100 texts that repeat one row tell as much as 100 rows."""
+    mix = torch.eye(64) + torch.randn(64, 8) @ torch.randn(8, 64) / 8
+    rows = torch.randn(400, 64) @ mix
+    once, often = SecondMoment(64), SecondMoment(64)
+    once.add(rows[:, None])  # 400 texts of a token
+    often.add(rows[:, None].expand(400, 50, 64))
+    torch.testing.assert_close(once.mean(), often.mean(), rtol=1e-3, atol=1e-3)
+    shares = [moment.shrinkage(moment.mean()) for moment in (once, often)]
+    assert shares[1] == pytest.approx(shares[0], rel=1e-2)
+    assert shares[0] > 0.05
+
+
+def test_shrinkage_at_the_ends() -> None:
+    assert SecondMoment(8).shrinkage(torch.zeros(8, 8)) == 0
+    one = SecondMoment(64)
+    one.add(torch.randn(30, 64))  # a single unit, as if normal: nothing but chance
+    assert one.shrinkage(one.mean()) == _MOST
+    diagonal_one = SecondMoment(64, diagonal=True)
+    diagonal_one.add(torch.randn(30, 64))
+    assert diagonal_one.shrinkage(diagonal_one.mean()) == 0
+    narrow = SecondMoment(1)
+    narrow.add(torch.randn(30, 1))
+    assert narrow.shrinkage(narrow.mean()) == 0
+    dead = SecondMoment(64)
+    dead.add(torch.randn(2000, 64) * (torch.arange(64) < 60))
+    assert 0 < dead.shrinkage(dead.mean()) <= _MOST
+
+
+def test_shrinkage_forgets_what_is_taken_away() -> None:
+    mix = torch.eye(16) + torch.randn(16, 4) @ torch.randn(4, 16)
+    x, y = torch.randn(4, 700, 16) @ mix, torch.randn(3, 500, 16) @ mix
+    moment, expected = SecondMoment(16), SecondMoment(16)
+    for rows in (x, y):
+        moment.add(rows)
+    expected.add(x)
+    copied = moment.copy()
+    copied.add(y, sign=-1)
+    assert copied.shrinkage(copied.mean()) == pytest.approx(expected.shrinkage(expected.mean()), rel=1e-3)
+    assert moment.shrinkage(moment.mean()) != copied.shrinkage(copied.mean())
+
+
+def test_rounding_in_a_shrunk_hessian_holds_on_other_text() -> None:
+    """GPTQ fits the correlations of a few tokens; on others it is then worse than with fewer correlations."""
+    mix = torch.eye(64) + 0.2 * torch.randn(64, 8) @ torch.randn(8, 64) / 8
+    few, many = (torch.randn(n, 64) @ mix for n in (96, 20_000))
+    other = many.T @ many / 20_000
+    weight, spec = torch.randn(128, 64), QuantSpec("nf2", 64)
+    scales = quantize(weight, spec, scales="mse").dense_scales()
+    grid = Grid(torch.tensor(spec.fmt.levels), scales, None, (128, 64), 64)
+
+    def error(hessian: torch.Tensor) -> float:
+        codes = gptq(weight.T.contiguous(), grid, hessian)
+        return energy(weight - grid.values(codes).T, other)
+
+    moment = SecondMoment(64)
+    moment.add(few.reshape(6, 16, 64))
+    counted = moment.mean()
+    assert error(shrink(counted, moment.shrinkage(counted))) < 0.95 * error(counted)
 
 
 def test_energy_is_the_mean_squared_output() -> None:
