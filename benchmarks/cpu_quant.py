@@ -2,7 +2,6 @@
 
     python -m benchmarks.cpu_quant                        NF4 and the other formats, 4096 x 4096, one thread
     python -m benchmarks.cpu_quant --formats nf4 --rules signed-mse      the scale search too
-    python -m benchmarks.cpu_quant --compiled             also the encoder that torch.compile makes
 
 Results are compared with the reference before anything is timed; a difference is an error. ``x memcpy`` and
 ``x bnb`` are times over that of a copy of the float32 weight, and bitsandbytes' time over ours. Calls take
@@ -36,17 +35,17 @@ def measure(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
     return {name: timing.median for name, timing in timings.items()}
 
 
-def check(weight: Tensor, spec: QuantSpec, backend: str) -> None:
+def check(weight: Tensor, spec: QuantSpec) -> None:
     """Codes, scales and values equal the reference's, or SystemExit."""
     part = weight[: max(1, (1 << 20) // weight.shape[1])]
-    ours = quantize(part, spec, backend=backend)
+    ours = quantize(part, spec)
     truth = quantize(part, spec, backend="reference")
     for name, tensor in truth.state_dict().items():
         if not torch.equal(tensor, ours.state_dict()[name]):
-            raise SystemExit(f"{spec} {backend}: {name} differ from the reference")
+            raise SystemExit(f"{spec}: {name} differ from the reference")
     for dtype in (torch.float32, torch.bfloat16):
         if not torch.equal(ours.dequantize(dtype), truth.dequantize(dtype, backend="reference")):
-            raise SystemExit(f"{spec} {backend}: values differ from the reference")
+            raise SystemExit(f"{spec}: values differ from the reference")
 
 
 def bnb_calls(weight: Tensor, spec: QuantSpec, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -75,20 +74,19 @@ def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         specs.insert(1, QuantSpec("nf4", arguments.block_size, True))
     for spec in specs:
         label = spec.format + ("+dq" if spec.double_quant else "")
-        for backend in ["auto", *["compiled"] * arguments.compiled]:
-            check(weight, spec, backend)
-            for dtype in (torch.float32, torch.bfloat16):
-                source = weight.to(dtype)
-                peer = bnb_calls(source, spec, dtype)
-                times = measure(
-                    {
-                        "memcpy": lambda: workspace.copy_(weight),
-                        "ours": lambda: quantize(source, spec, backend=backend),  # noqa: B023
-                        **({"bnb": peer["quantize"]} if peer else {}),
-                    },
-                    arguments.repeats,
-                )
-                yield row(label, f"quantise ({backend})", dtype, times)
+        check(weight, spec)
+        for dtype in (torch.float32, torch.bfloat16):
+            source = weight.to(dtype)
+            peer = bnb_calls(source, spec, dtype)
+            times = measure(
+                {
+                    "memcpy": lambda: workspace.copy_(weight),
+                    "ours": lambda: quantize(source, spec),  # noqa: B023
+                    **({"bnb": peer["quantize"]} if peer else {}),
+                },
+                arguments.repeats,
+            )
+            yield row(label, "quantise", dtype, times)
         q = quantize(weight, spec)
         for dtype in (torch.float32, torch.bfloat16):
             target = torch.empty(rows, columns, dtype=dtype)
