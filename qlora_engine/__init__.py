@@ -29,6 +29,16 @@ _HOME: dict[str, str] = {
         "auxiliary": "AuxiliaryTrainingWrapper ModulesToSaveWrapper",
         "trainable_tokens": "TrainableTokensWrapper",
         "attach": "LoraModel inject_adapter_in_model inspect_matched_modules",
+        "lora_param": "ParamWrapper",
+        "lora_attention": "MultiheadAttention",
+        "kbit": "prepare_model_for_kbit_training cast_mixed_precision_params",
+        "status": "get_layer_status get_model_status TunerLayerStatus TunerModelStatus",
+        "hotswap": "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap",
+        "helpers": "check_if_peft_model rescale_adapter_scale disable_input_dtype_casting "
+        "find_kappa_target_modules",
+        "conversion": "convert_to_lora save_as_lora",
+        "intruders": "reduce_intruder_dimension",
+        "loftq_replace": "replace_lora_weights_loftq",
         "peft_api": "get_peft_model PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction "
         "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
         "PeftModelForTokenClassification MODEL_TYPE_TO_PEFT_MODEL_MAPPING",

@@ -20,6 +20,7 @@ from .base_weight import is_bnb_linear, is_conv1d, restore_adopted
 from .config import LoraConfig, PeftConfig, PeftType
 from .extra_modules import add_extra_trainable_modules
 from .lora import Linear, create_lora_layer
+from .lora_init import check_loftq
 from .lora_layer import LoraLayer
 from .mixed_batch import adapter_names_for_rows
 from .quantized_config import record_quantization, tied_embeddings, untie_if_quantized
@@ -250,6 +251,8 @@ class LoraModel(nn.Module):
         candidates = [n for n in names if n and not n.startswith(inside)] if not dummy else []
         config.target_modules = condense(config.target_modules, names)
         plan, tied = self._plan(config, candidates, state_dict)
+        if config.init_lora_weights == "loftq" and not low_cpu_mem_usage:
+            self._check_loftq(config, model, plan.targeted)
         was_tied = tied_embeddings(model)
         make: Callable[[], AbstractContextManager[Any]] = _on_meta if low_cpu_mem_usage else nullcontext
         for key in plan.targeted:
@@ -333,6 +336,24 @@ class LoraModel(nn.Module):
         if wanted is not None:
             _warn_about_difference(set(by_config), {*plan.targeted, *tied})
         return plan, tied
+
+    def _check_loftq(self, config: LoraConfig, model: nn.Module, keys: list[str]) -> None:
+        """Refuse before the first layer is quantised: what is quantised cannot be put back."""
+        for key in keys:
+            layer: Any = model.get_submodule(key)
+            if isinstance(layer, LoraLayer):
+                if layer.merged:
+                    raise ValueError(
+                        f"'{key}' has merged adapters; unmerge them before its weight is quantised"
+                    )
+                warnings.warn(
+                    f"quantising '{key}' changes the weight below its adapters "
+                    f"{sorted(layer._get_available_adapters())}",
+                    stacklevel=6,
+                )
+            base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+            rank = pattern_value(config.rank_pattern, key, config.r, field_name="rank_pattern")
+            check_loftq(base, rank, config, key)
 
     def _check_plan(self, config: LoraConfig, plan: TargetPlan, parameters: list[str], dummy: bool) -> None:
         if dummy or (parameters and not plan.targeted):

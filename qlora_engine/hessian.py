@@ -18,9 +18,9 @@ from torch import Tensor
 _MIN_TILE = 128  # narrower products are slow in BLAS
 _UNIT = 512  # tokens that count as one observation: neighbours in a text are not independent
 _SKETCHES = 32  # random bilinear forms that stand for the matrix; their mean is good to about a tenth
-# Rounding exploits chance correlations beyond their share in squared error. Chosen on SmolLM2 (block 3, widths
-# 576 and 1536, 1024 to 32,768 tokens): the share of least output error on other text, after GPTQ and the closed
-# form at rank 16, was 3 to 8 times the one of least squared error of H.
+# Rounding exploits chance correlations beyond their share in squared error. Chosen on SmolLM2 (block 3,
+# widths 576 and 1536, 1024 to 32,768 tokens): the share of least output error on other text, after GPTQ and
+# the closed form at rank 16, was 3 to 8 times the one of least squared error of H.
 _CAUTION = 4.0
 # What is left of the strongest correlations is worth much: at 64 tokens of width 576 the error is .93 times
 # LoftQ's with a share of 1, .87 with .97.
@@ -146,8 +146,8 @@ class SecondMoment:
         and Strimmer 2005 (doi 10.2202/1544-6115.1175), every feature scaled alike; from fewer than two units,
         as if tokens were independent and normal.
 
-        Measured as above at 3 bits, damping .01, as a multiple of LoftQ's error on other text: width 1536 from
-        4096 tokens .992 unshrunk and .857 shrunk, from 32,768 .830 and .820; width 576 .757 and .738, .707 and
+        Measured at 3 bits, damping .01, as a multiple of LoftQ's error on other text: width 1536 from 4096
+        tokens .992 unshrunk and .857 shrunk, from 32,768 .830 and .820; width 576 .757 and .738, .707 and
         .707; from 512 tokens that were drawn singly 1.14 and .88, .98 and .76.
 
         Args:

@@ -15,6 +15,7 @@ from quant.tensor import QuantizedTensor
 from .base_weight import dense_weight, is_conv1d, is_quantized, store_weight
 from .config import LoftQConfig, LoraConfig
 from .inits import Initialised, embedding_factors, get, initialise
+from .lowrank import check_rank
 from .targets import pattern_value
 
 if TYPE_CHECKING:
@@ -122,9 +123,13 @@ def _options(layer: LoraLayer, name: str) -> dict[str, Any]:
     return {"kind": "embedding" if _is_embedding(layer) else "linear", "name": name or None}
 
 
-def _initialise_loftq(layer: LoraLayer, adapter: str, config: LoraConfig, name: str) -> None:
+def check_loftq(base: nn.Module, rank: int, config: LoraConfig, name: str) -> None:
+    """Refuse, before anything is changed, a layer that cannot be quantised and solved for.
+
+    Raises:
+        ValueError: a layer of another kind, quantised already, too small for the rank, or not calibrated.
+    """
     settings = LoftQConfig.from_dict(config.loftq_config)  # type: ignore[arg-type]
-    base = layer.get_base_layer()
     title = f"'{name}' ({type(base).__name__})"
     if is_quantized(base):
         raise ValueError(
@@ -135,14 +140,21 @@ def _initialise_loftq(layer: LoraLayer, adapter: str, config: LoraConfig, name: 
         raise ValueError(f"init_lora_weights='loftq' works on Linear, Conv1D and Embedding, not on {title}")
     if isinstance(base, nn.Embedding) and base.max_norm is not None:
         raise ValueError(f"an embedding with max_norm changes its weight and cannot be quantised: {title}")
+    check_rank(rank, dense_weight(base).shape, name or None)
+    moments = settings.calibration
+    if get(settings.method).needs_hessian and (not isinstance(moments, dict) or name not in moments):
+        raise ValueError(f"method={settings.method!r} needs calibration: no second moment for {title}")
+
+
+def _initialise_loftq(layer: LoraLayer, adapter: str, config: LoraConfig, name: str) -> None:
+    settings = LoftQConfig.from_dict(config.loftq_config)  # type: ignore[arg-type]
+    base = layer.get_base_layer()
+    check_loftq(base, layer.r[adapter], config, name)
     spec = settings.spec(pattern_value(settings.bits_pattern, name, None, field_name="bits_pattern"))
     weight = _base_matrix(layer)
     options = _options(layer, name)
     if get(settings.method).needs_hessian:
-        moments = settings.calibration
-        if not isinstance(moments, dict) or name not in moments:
-            raise ValueError(f"method={settings.method!r} needs calibration: no second moment for {title}")
-        options["hessian"] = moments[name]
+        options["hessian"] = settings.calibration[name]
     result = initialise(
         weight,
         method=settings.method,

@@ -29,7 +29,7 @@ class TrainableTokensLayer(BaseTunerLayer, nn.Module):
     Attributes:
         trainable_tokens_delta: ParameterDict, the rows (n, dim) by adapter.
         token_indices: Their token ids by adapter.
-        trainable_tokens_original: The base's rows by adapter, as they were when it was added or last merged.
+        trainable_tokens_original: The base's rows by adapter, as they were when it was added.
     """
 
     adapter_layer_names = ("trainable_tokens_delta",)
@@ -52,12 +52,20 @@ class TrainableTokensLayer(BaseTunerLayer, nn.Module):
             self.token_indices = tied_adapter.token_indices
             self.trainable_tokens_original = tied_adapter.trainable_tokens_original
         self.merged_adapters: list[str] = []
+        # Rows of the base that merging replaced, by adapter.
+        self._replaced: dict[str, Tensor] = {}
         self.in_features, self.out_features = in_out_features(base_layer)
 
     @property
     def tied_adapter(self) -> TrainableTokensLayer | None:
         """The layer whose rows this one uses, if any."""
         return self._tied_adapter[0] if self._tied_adapter else None
+
+    def _shares_weight(self) -> bool:
+        """Whether the tied layer's weight is the very one of this layer, so that it is written there
+        alone."""
+        tied = self.tied_adapter
+        return tied is not None and tied.base_layer.weight is self.base_layer.weight
 
     def _base_rows(self, indices: list[int]) -> Tensor:
         index = torch.tensor(indices)
@@ -109,6 +117,12 @@ class TrainableTokensLayer(BaseTunerLayer, nn.Module):
         if is_quantized(self.base_layer):
             raise ValueError("trained rows cannot be merged into a quantised embedding; keep it dense")
         self._check_overlapping_tokens(names)
+        if self._shares_weight():
+            missing = [name for name in names if name not in self._tied_adapter[0].merged_adapters]
+            if missing:
+                self._tied_adapter[0].merge(safe_merge, missing)
+            self.merged_adapters += names
+            return
         for name in names:
             if safe_merge and not torch.isfinite(self.trainable_tokens_delta[name]).all():
                 raise ValueError(
@@ -118,7 +132,7 @@ class TrainableTokensLayer(BaseTunerLayer, nn.Module):
         merged = weight.data
         for name in names:
             index = torch.tensor(self.token_indices[name], device=merged.device)
-            self.trainable_tokens_original[name] = merged[index].clone()
+            self._replaced[name] = merged[index].clone()
             merged = merged.index_copy(0, index, self.trainable_tokens_delta[name].to(merged))
             self.merged_adapters.append(name)
         weight.data = merged
@@ -129,11 +143,16 @@ class TrainableTokensLayer(BaseTunerLayer, nn.Module):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        if self._shares_weight():
+            self.merged_adapters.clear()
+            if self._tied_adapter[0].merged:
+                self._tied_adapter[0].unmerge()
+            return
         weight: Any = self.base_layer.weight
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             index = torch.tensor(self.token_indices[name], device=weight.device)
-            weight.data.index_copy_(0, index, self.trainable_tokens_original[name].to(weight.data))
+            weight.data.index_copy_(0, index, self._replaced.pop(name).to(weight.data))
 
     def get_merged_weights(self, active_adapters: list[str]) -> Tensor:
         """The weight with the trained rows in it, differentiable in them; not a Parameter."""

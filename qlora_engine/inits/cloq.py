@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qlora_engine.inits import calibrated
 from qlora_engine.inits.method import InitRequest, Method, Solution
-from qlora_engine.rounding import gptq
+from qlora_engine.rounding import Feedback, gptq
 
 
 @calibrated.in_true_float32
@@ -14,7 +14,7 @@ def solve(weight: Tensor, request: InitRequest) -> Solution:
     """GPTQ with scales searched by diag(H), of either sign unless ``request.scales`` is "mse"; then QERA."""
     metric = calibrated.OutputMetric(weight, request)
     base = calibrated.RoundedBase(weight, request, metric.importance)
-    base.codes = gptq(weight.T.contiguous(), base.grid, metric.hessian)
+    base.codes = gptq(weight.T.contiguous(), base.grid, Feedback.of(metric.hessian))
     fit = calibrated.closed_form(weight - base.dense(), metric, request)
     plain = calibrated.error_of_plain(weight, request, metric)
     return calibrated.solution(base.tensor(), fit, [plain, fit.left], 1)

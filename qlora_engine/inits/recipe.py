@@ -10,7 +10,7 @@ from torch import Tensor
 from qlora_engine.inits import calibrated, qera_alternating
 from qlora_engine.inits.method import InitRequest, Method, Solution
 from qlora_engine.lowrank import LowRankFactors, truncated_svd
-from qlora_engine.rounding import Grid, anneal, coordinate_descent, downdate, gptq, objective
+from qlora_engine.rounding import Feedback, Grid, anneal, coordinate_descent, downdate, gptq, objective
 
 # Relative gain of J^(1/2) below which a round is the last.
 _LEAST_GAIN = 5e-5
@@ -55,10 +55,12 @@ def run(weight: Tensor, request: InitRequest, schedule: Schedule) -> Solution:
     _, _, A = truncated_svd(metric.hessian, request.rank, method=request.svd, seed=request.svd_seed)
     M = downdate(metric.hessian, A)
     base = calibrated.RoundedBase(weight, request, M.diagonal())
-    base.codes = gptq(target, base.grid, M, damping=schedule.damping)
+    feedback = Feedback.of(M, schedule.damping)
+    base.codes = gptq(target, base.grid, feedback)
     for _ in range(schedule.warm):
         base.refit(target, M)
-        _round_again(target, base, M, schedule)
+        _round_again(target, base, M, feedback)
+    del feedback
     fit = calibrated.closed_form(weight - base.dense(), metric, request)
     trace.append(fit.left)
     kept, best = (base.tensor(), fit), 1
@@ -86,7 +88,7 @@ def _improve(
     target = (weight - factors.product()).T.contiguous()
     base.refit(target, M)
     if schedule.again:
-        _round_again(target, base, M, schedule)
+        _round_again(target, base, M, Feedback.of(M, schedule.damping))
     if schedule.sweeps:
         base.codes = anneal(
             target,
@@ -102,9 +104,9 @@ def _improve(
     return calibrated.closed_form(weight - base.dense(), metric, request, factors)
 
 
-def _round_again(target: Tensor, base: calibrated.RoundedBase, M: Tensor, schedule: Schedule) -> None:
+def _round_again(target: Tensor, base: calibrated.RoundedBase, M: Tensor, feedback: Feedback) -> None:
     """GPTQ under the present scales; a row takes the new codes if they are better."""
-    codes = gptq(target, base.grid, M, damping=schedule.damping)
+    codes = gptq(target, base.grid, feedback)
     better = _cost(target, codes, base.grid, M) < _cost(target, base.codes, base.grid, M)
     base.codes = torch.where(better, codes, base.codes)
 

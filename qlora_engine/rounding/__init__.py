@@ -4,9 +4,10 @@ from .drift import drifted_target
 from .grid import Grid
 from .metric import cholesky, damp, downdate, objective
 from .refit import refit_scales
-from .sweep import anneal, coordinate_descent, gptq
+from .sweep import Feedback, anneal, coordinate_descent, gptq
 
 __all__ = [
+    "Feedback",
     "Grid",
     "anneal",
     "cholesky",

@@ -9,6 +9,7 @@ block.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -22,18 +23,37 @@ from .metric import feedback_factor
 BLOCK_COLUMNS = 128
 
 
-def gptq(target: Tensor, grid: Grid, metric: Tensor, *, damping: float = 0.01) -> Tensor:
+@dataclass(frozen=True)
+class Feedback:
+    """Order in which GPTQ takes the columns, and what each takes up of the errors before it.
+
+    Attributes:
+        order: Columns by decreasing diag(M), (in,) int64.
+        factor: Unit upper triangular in that order, (in, in) float32.
+    """
+
+    order: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, metric: Tensor, damping: float = 0.01) -> Feedback:
+        """Factorise a positive semi-definite metric (in, in), its diagonal raised by a share of its mean."""
+        order = torch.argsort(metric.diagonal(), descending=True, stable=True)
+        return cls(order, feedback_factor(metric[order][:, order], damping))
+
+
+def gptq(target: Tensor, grid: Grid, metric: Tensor | Feedback) -> Tensor:
     """Round ``target`` in a metric, feeding every column's error forward (GPTQ with a codebook).
 
-    Columns go in order of decreasing diag(M). With M = U U^T, U upper triangular in that order, the error is
+    With M = U U^T, U upper triangular in the order of the columns, the error is
     sum_j U_jj^2 (e_j + sum_{i<j} e_i U_ij / U_jj)^2, so column j is rounded after adding the second term.
     This equals feeding forward through the Cholesky factor of M^-1 and needs no inverse.
 
     Args:
         target: Transposed weight to approximate, (in_features, out_features) float32.
         grid: Levels and fixed scales.
-        metric: Positive semi-definite (in_features, in_features) float32.
-        damping: Multiple of the mean of diag(M) added to the diagonal before it is factorised.
+        metric: Positive semi-definite (in_features, in_features) float32, damped by 0.01 of its mean; or its
+            Feedback, which serves any number of targets and grids.
 
     Returns:
         Transposed codes, (in_features, out_features) uint8.
@@ -42,8 +62,8 @@ def gptq(target: Tensor, grid: Grid, metric: Tensor, *, damping: float = 0.01) -
         arXiv:2307.13304.
     """
     in_features = target.shape[0]
-    order = torch.argsort(metric.diagonal(), descending=True, stable=True)
-    feedback = feedback_factor(metric[order][:, order], damping)  # (in, in) unit upper triangular
+    feedback = metric if isinstance(metric, Feedback) else Feedback.of(metric)
+    order, factor = feedback.order, feedback.factor
     ordered = target[order]
     codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
     errors = torch.empty_like(target)  # (in, out), in processing order
@@ -53,8 +73,8 @@ def gptq(target: Tensor, grid: Grid, metric: Tensor, *, damping: float = 0.01) -
         columns = order[start:stop]
         base = anchor = ordered[start:stop]
         if start:
-            base = torch.addmm(anchor, feedback[:start, start:stop].T, errors[:start])
-        block_codes, values = rounder(columns, base, anchor, feedback[start:stop, start:stop])
+            base = torch.addmm(anchor, factor[:start, start:stop].T, errors[:start])
+        block_codes, values = rounder(columns, base, anchor, factor[start:stop, start:stop])
         codes[columns] = block_codes
         errors[start:stop] = anchor - values
     return codes

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qlora_engine.inits import initialise
 from qlora_engine.rounding import (
+    Feedback,
     Grid,
     coordinate_descent,
     downdate,
@@ -77,13 +78,13 @@ def test_gptq_in_numpy(name: str) -> None:
     for i, column in enumerate(order):
         Q[:, column] = p.nearest(left[:, i], column)
         left[:, i:] -= np.outer((left[:, i] - Q[:, column]) / U[i, i], U[i, i:])
-    np.testing.assert_allclose(p.value(gptq(p.target, p.grid, p.metric, damping=damping)), Q, atol=1e-6)
+    np.testing.assert_allclose(p.value(gptq(p.target, p.grid, Feedback.of(p.metric, damping))), Q, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_coordinate_descent_in_numpy(name: str) -> None:
     p = Problem(name)
-    start = gptq(p.target, p.grid, torch.eye(IN))
+    start = gptq(p.target, p.grid, Feedback.of(torch.eye(IN)))
     Q = p.value(start)
     errors = [p.error(Q)]
     for _ in range(2):
@@ -101,7 +102,7 @@ def test_coordinate_descent_in_numpy(name: str) -> None:
 def test_refit_in_numpy(name: str) -> None:
     """Least squares on (W - Q) H^(1/2), row by row."""
     p = Problem(name)
-    codes = gptq(p.target, p.grid, torch.eye(IN))
+    codes = gptq(p.target, p.grid, Feedback.of(torch.eye(IN)))
     units = p.grid.unit_values(codes).T.double().numpy()
     L = np.linalg.cholesky(p.H)
     expected = np.empty((OUT, IN // BLOCK))

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from qlora_engine import rounding
-from qlora_engine.rounding import Grid, anneal, coordinate_descent, downdate, gptq, objective, refit_scales
+from qlora_engine.rounding import (
+    Feedback,
+    Grid,
+    anneal,
+    coordinate_descent,
+    downdate,
+    gptq,
+    objective,
+    refit_scales,
+)
 from quant import QuantSpec, formats
 from quant.scales import search_scales
 from quant.tensor import encode, from_codes
@@ -70,7 +79,7 @@ def test_grid_refuses_the_wrong_number_of_scales() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gptq_in_the_identity_rounds_to_nearest(name: str, layout: tuple[int, int, int]) -> None:
     target, grid, _ = problem(name, layout)
-    codes = gptq(target, grid, torch.eye(target.shape[0]))
+    codes = gptq(target, grid, Feedback.of(torch.eye(target.shape[0])))
     assert codes.dtype == torch.uint8
     torch.testing.assert_close(
         (grid.values(codes) - target).abs(), (grid.values(nearest(target, grid)) - target).abs()
@@ -82,7 +91,7 @@ def test_gptq_in_the_identity_rounds_to_nearest(name: str, layout: tuple[int, in
 def test_each_step_lowers_the_error(name: str, layout: tuple[int, int, int]) -> None:
     target, grid, metric = problem(name, layout)
     plain = cost(target, nearest(target, grid), grid, metric)
-    codes = gptq(target, grid, metric, damping=0.05)
+    codes = gptq(target, grid, Feedback.of(metric, 0.05))
     rounded = cost(target, codes, grid, metric)
     assert rounded.sum() < 0.9 * plain.sum()
     swept = coordinate_descent(target, codes, grid, metric, sweeps=2)
@@ -128,7 +137,7 @@ def test_dead_inputs_and_zero_blocks(layout: tuple[int, int, int]) -> None:
     scales = grid.scales.clone()
     scales[grid.blocks_of(torch.arange(32))[:, 3].unique()] = 0
     grid = grid.with_scales(scales)
-    codes = gptq(target, grid, metric)
+    codes = gptq(target, grid, Feedback.of(metric))
     expected = nearest(target, grid)
     alive_scale = grid.columns(torch.tensor(dead))[0] != 0
     assert torch.equal(codes[dead][alive_scale], expected[dead][alive_scale])
@@ -147,7 +156,7 @@ def test_rank_deficient_metric(rank: int) -> None:
     target, grid, _ = problem("nf2", LAYOUTS[0])
     metric = metric_of(128, rank=rank)
     plain = cost(target, nearest(target, grid), grid, metric).sum()
-    codes = gptq(target, grid, metric)
+    codes = gptq(target, grid, Feedback.of(metric))
     rounded = cost(target, codes, grid, metric).sum()
     assert rounded < 0.2 * plain
     swept = coordinate_descent(target, codes, grid, metric)
@@ -167,7 +176,7 @@ def test_inputs_are_not_modified() -> None:
     target, grid, metric = problem("int3", LAYOUTS[0])
     codes = nearest(target, grid)
     before = [t.clone() for t in (target, metric, codes, grid.scales)]
-    gptq(target, grid, metric)
+    gptq(target, grid, Feedback.of(metric))
     generator = torch.Generator().manual_seed(0)
     anneal(target, codes, grid, metric, sweeps=2, temperature=0.3, generator=generator)
     refit_scales(target, codes, grid, metric)
@@ -176,7 +185,7 @@ def test_inputs_are_not_modified() -> None:
 
 def test_anneal_is_deterministic_and_leaves_local_minima() -> None:
     target, grid, metric = problem("nf2", (64, 128, 32))
-    codes = coordinate_descent(target, gptq(target, grid, metric), grid, metric, sweeps=20)
+    codes = coordinate_descent(target, gptq(target, grid, Feedback.of(metric)), grid, metric, sweeps=20)
     stuck = cost(target, codes, grid, metric).sum()
     results = []
     for _ in range(2):
@@ -195,7 +204,9 @@ def test_downdate_takes_out_what_a_can_carry() -> None:
     torch.testing.assert_close(repeated, M, rtol=1e-3, atol=1e-3 * float(H.diagonal().mean()))
     torch.testing.assert_close(downdate(H, torch.zeros(2, 48)), H)
     everything = downdate(H, torch.eye(48))
-    assert 0 < float(everything.diagonal().min()) <= float(everything.diagonal().max()) < 1e-6 * float(H.max())
+    assert (
+        0 < float(everything.diagonal().min()) <= float(everything.diagonal().max()) < 1e-6 * float(H.max())
+    )
 
 
 def test_damp() -> None:
