@@ -17,6 +17,10 @@ import torch
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
+os.environ["COLUMNS"] = "100"  # tables as wide as where there is no terminal; parallel workers set their own
+if not torch.cuda.is_available():
+    # before anything imports triton: its own library is compiled or interpreted as a whole
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # No deadline: on a busy machine a slow example is not a bug. CI repeats the same examples at every run.
 settings.register_profile("here", deadline=None)
