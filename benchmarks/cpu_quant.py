@@ -145,9 +145,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--formats", nargs="+", choices=formats.names(), default=list(FORMATS))
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--rules", nargs="*", choices=("mse", "signed-mse"), default=[])
-    parser.add_argument(
-        "--compiled", action="store_true", help="also quant.backends.compiled; compiles first"
-    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")

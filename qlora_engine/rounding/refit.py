@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from .grid import Grid
+from .metric import objective
 
 # Bytes of normal matrices (rows, blocks, blocks) held at once.
 _CHUNK_BYTES = 256 * 2**20
+# Of every scale's own curvature: where codes make scales nearly exchangeable, they stay near what they were.
+_RIDGE = 1e-5
 
 
 def refit_scales(target: Tensor, codes: Tensor, grid: Grid, metric: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ def _solve(normal: Tensor, gradient: Tensor) -> Tensor:
     weights = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).rsqrt() * (diagonal > 0)
     scaled = normal * weights[:, :, None] * weights[:, None, :]
     scaled = (scaled + scaled.transpose(1, 2)) / 2
-    scaled.diagonal(dim1=1, dim2=2).add_(1e-5)
+    scaled.diagonal(dim1=1, dim2=2).add_(_RIDGE)
     # A dead block has a zero row: the ridge alone keeps it invertible, and its gradient is zero.
     factor, info = torch.linalg.cholesky_ex(scaled)
     step = torch.cholesky_solve((gradient * weights)[..., None], factor)[..., 0] * weights
@@ -88,7 +91,7 @@ def _refit_jointly(units: Tensor, error: Tensor, grid: Grid, metric: Tensor, *, 
     direction = preconditioned
     norm = residual @ preconditioned
     for _ in range(steps):
-        curved = gather(units * (metric @ (units * direction[blocks])))
+        curved = gather(units * (metric @ (units * direction[blocks]))) + _RIDGE * diagonal * direction
         curvature = direction @ curved
         length = torch.where(curvature > 0, norm / curvature, torch.zeros_like(norm))
         step = step + length * direction
@@ -100,7 +103,6 @@ def _refit_jointly(units: Tensor, error: Tensor, grid: Grid, metric: Tensor, *, 
         )
         norm = new_norm
     scales = grid.scales + step
-    before = (error * (metric @ error)).sum()
-    after_error = error - units * step[blocks]
-    after = (after_error * (metric @ after_error)).sum()
+    before = objective(error, metric).sum(dtype=torch.float64)
+    after = objective(error - units * step[blocks], metric).sum(dtype=torch.float64)
     return torch.where(after < before, scales, grid.scales)
