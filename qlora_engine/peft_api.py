@@ -585,7 +585,7 @@ class _WithHead(PeftModel):
     ) -> None:
         self._add_head(peft_config)
         super().__init__(model, peft_config, adapter_name, **kwargs)
-        for name, _ in self.base_model.named_children():
+        for name, _ in self.get_base_model().named_children():
             if any(head in name for head in self.modules_to_save or ()):
                 self.cls_layer_name = name
                 break
