@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from quant.linear import QuantEmbedding, QuantLinear
 from torch import nn
+
+from quant.linear import QuantEmbedding, QuantLinear
 
 _HALF = (torch.float16, torch.bfloat16)
 # transformers' names of quantisers whose kernels need the dense parameters in the dtype they were loaded in
