@@ -26,7 +26,11 @@ from benchmarks.common import ROOT, save, table
 from qlora_engine.checkpoint import shard_names, split_shards, write_index
 from qlora_engine.safetensors_io import DenseTensor, write_file
 
-LOAD = "import sys; from transformers import AutoModelForCausalLM as M; M.from_pretrained(sys.argv[1])"
+# Weights may be mapped from the file until they are used, so use them.
+LOAD = (
+    "import sys; from transformers import AutoModelForCausalLM as M; model = M.from_pretrained(sys.argv[1]); "
+    "print(sum(float(p.detach().max()) for p in model.parameters()))"
+)
 MARK = "PEAK="
 TINY = {"hidden": 256, "intermediate": 256, "layers": 1, "vocabulary": 500}
 # ru_maxrss of a child is at least its parent's size at the fork, so a small process starts the measured one.
@@ -84,7 +88,7 @@ def peak(command: list[str]) -> tuple[int, float]:
         check=False,
     )
     if result.returncode:
-        raise SystemExit(f"{command[:4]} failed:\n{result.stderr[-2000:]}")
+        raise SystemExit(f"{command[:4]} ended with {result.returncode}:\n{result.stderr[-2000:]}")
     line = next(line for line in result.stdout.splitlines() if line.startswith(MARK))
     return int(line.removeprefix(MARK)), time.perf_counter() - began
 

@@ -20,7 +20,7 @@ from .report import LayerReport
 from .safetensors_io import DenseTensor
 from .serialise import dense_base, layer_tensors
 
-_ROWS = 4096  # whose error is computed at once
+_ELEMENTS = 1 << 20  # of a weight that are measured at once: 4 MB in float32
 
 
 @dataclass(frozen=True)
@@ -131,17 +131,22 @@ def _corrects_nothing(solved: Initialised) -> bool:
 
 def _norm(W: Tensor) -> float:
     """||W||_F, summed over blocks of rows in float64."""
-    return float(sum(float(rows.float().square().sum(dtype=torch.float64)) for rows in W.split(_ROWS)) ** 0.5)
+    return sum(float(rows.float().square().sum(dtype=torch.float64)) for rows in W.split(_rows(W))) ** 0.5
+
+
+def _rows(W: Tensor) -> int:
+    return max(1, _ELEMENTS // max(1, W.shape[1]))
 
 
 def _relative_error(W: Tensor, base: Tensor, solved: Initialised, layer: LayerPlan) -> float:
     """||W - base - scaling * B @ A||_F / ||W||_F for a base that was rounded to be saved."""
     total = 0.0
-    for start in range(0, W.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
+    step = _rows(W)
+    for start in range(0, W.shape[0], step):
+        rows = slice(start, start + step)
         left = W[rows].float() - base[rows].float()
         if layer.rank:
             left.addmm_(solved.B[rows].float(), solved.A.float(), alpha=-layer.scaling)
-        total += float(left.square().sum(dtype=torch.float64))
+        total += float(left.square_().sum(dtype=torch.float64))
     norm = _norm(W)
     return total**0.5 / norm if norm else float(total > 0)
