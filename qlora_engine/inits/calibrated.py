@@ -7,13 +7,11 @@ that calibration saw, with H damped by ``request.damping``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from qlora_engine.hessian import ieee_float32
 from qlora_engine.inits.method import InitRequest, Solution, frobenius, relative
 from qlora_engine.lowrank import LowRankFactors, truncated_svd
 from qlora_engine.rounding import Grid, cholesky, damp, objective, refit_scales
@@ -21,19 +19,6 @@ from quant import QuantizedTensor, QuantSpec, quantize
 from quant.nested import double_dequantize, double_quantize
 from quant.scales import search_scales
 from quant.tensor import from_codes
-
-Solver = Callable[[Tensor, InitRequest], Solution]
-
-
-def in_true_float32(solve: Solver) -> Solver:
-    """A solver whose products are float32 whatever the process allows: H spans six orders of magnitude."""
-
-    def exact(weight: Tensor, request: InitRequest) -> Solution:
-        with ieee_float32():
-            return solve(weight, request)
-
-    exact.__doc__ = solve.__doc__
-    return exact
 
 
 class OutputMetric:

@@ -9,7 +9,6 @@ from qlora_engine.inits.method import InitRequest, Method, Solution
 from qlora_engine.rounding import Feedback, gptq
 
 
-@calibrated.in_true_float32
 def solve(weight: Tensor, request: InitRequest) -> Solution:
     """GPTQ with scales searched by diag(H), of either sign unless ``request.scales`` is "mse"; then QERA."""
     metric = calibrated.OutputMetric(weight, request)

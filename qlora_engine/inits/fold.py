@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_engine.errors import InputError
+from qlora_engine.hessian import ieee_float32
 from qlora_engine.inits.method import InitRequest, Method, Solution, frobenius, relative
 from qlora_engine.lowrank import LowRankFactors, check_rank
 from quant import QuantizedTensor, QuantSpec, quantize
@@ -59,6 +60,7 @@ class Initialised:
 
 
 @torch.no_grad()
+@ieee_float32()
 def initialise(
     weight: Tensor,
     *,
@@ -71,6 +73,9 @@ def initialise(
     **options: Any,
 ) -> Initialised:
     """Quantise (with a spec) and initialise one adapter, so that weight ~= base + scaling * B @ A.
+
+    Products are true float32, whatever (TF32, bfloat16) the process allows: a second moment spans six orders
+    of magnitude, and the basis of an SVD would not be orthonormal.
 
     Args:
         weight: Dense (out_features, in_features), finite, float16, bfloat16, float32 or float64; computed in

@@ -8,7 +8,6 @@ from qlora_engine.inits import calibrated
 from qlora_engine.inits.method import InitRequest, Method, Solution
 
 
-@calibrated.in_true_float32
 def solve(weight: Tensor, request: InitRequest) -> Solution:
     """Quantise by ``request.scales`` (a search is weighted by diag(H)), then the closed form in H."""
     metric = calibrated.OutputMetric(weight, request)

@@ -9,7 +9,6 @@ from qlora_engine.inits.method import InitRequest, Method, Solution
 from qlora_engine.lowrank import LowRankFactors
 
 
-@calibrated.in_true_float32
 def solve(weight: Tensor, request: InitRequest) -> Solution:
     """Up to ``request.iters`` alternations with nearest codes; the best is kept, a rising error ends it.
 

@@ -115,7 +115,6 @@ def _cost(target: Tensor, codes: Tensor, grid: Grid, M: Tensor) -> Tensor:
     return objective(target - grid.values(codes), M)
 
 
-@calibrated.in_true_float32
 def solve(weight: Tensor, request: InitRequest) -> Solution:
     """The recipe with T = ``request.iters`` rounds."""
     return run(weight, request, Schedule(request.iters))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qlora_engine.inits import calibrated, recipe
+from qlora_engine.inits import recipe
 from qlora_engine.inits.method import InitRequest, Method, Solution
 
 
-@calibrated.in_true_float32
 def solve(weight: Tensor, request: InitRequest) -> Solution:
     """The recipe with T = 1; ``request.iters`` is not looked at."""
     return recipe.run(weight, request, recipe.Schedule(1))

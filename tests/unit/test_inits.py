@@ -450,6 +450,24 @@ def test_initialise_takes_a_method_itself_and_leaves_the_weight_alone() -> None:
     assert not done.base.requires_grad
 
 
+def test_products_are_float32_whatever_the_process_allows() -> None:
+    """bfloat16 on a CPU, as TF32 on a GPU, would change the factors."""
+    setting = torch.backends.mkldnn.matmul
+    if not hasattr(setting, "fp32_precision"):
+        pytest.skip("this torch has no such setting")
+    W = weight_of(400, 400)
+    done = run(W, "loftq")
+    before = setting.fp32_precision
+    try:
+        setting.fp32_precision = "bf16"
+        same = run(W, "loftq")
+        assert setting.fp32_precision == "bf16"
+    finally:
+        setting.fp32_precision = before
+    assert torch.equal(done.A, same.A)
+    assert same.error == done.error
+
+
 def test_float64_weights_are_solved_in_float32() -> None:
     W = weight_of()
     done, same = run(W.double(), "loftq"), run(W, "loftq")
