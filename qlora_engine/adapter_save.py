@@ -8,50 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from quant.bnb_format import from_linear4bit
-from quant.linear import QuantizedModule
-from quant.tensor import QuantizedTensor
+from torch import Tensor
 
 from .adapter_io import write_adapter
 from .adapter_state import get_peft_model_state_dict, load_peft_weights
-from .base_weight import is_bnb_linear
+from .base_match import base_fingerprint
 from .config import LoraConfig, PeftConfig, __version__
 from .files import write_text
-from .fingerprint import Fingerprint, module_digest
 from .safetensors_io import DenseTensor
-
-
-def _quantized_weights(model: nn.Module) -> dict[str, QuantizedTensor]:
-    """Every quantised weight of the base model by the path its module had before it was adapted."""
-    found: dict[str, QuantizedTensor] = {}
-    for name, module in model.named_modules():
-        path = name.replace(".base_layer", "").replace(".original_module", "")
-        if isinstance(module, QuantizedModule):
-            found[path] = module.quantized()
-        elif is_bnb_linear(module) == "4bit" and getattr(module.weight, "quant_state", None) is not None:
-            found[path] = from_linear4bit(module)
-    return found
-
-
-def base_fingerprint(model: nn.Module) -> Fingerprint | None:
-    """The fingerprint of a base model (adapted or not) whose weights are quantised; None if none is.
-
-    A weight is hashed once: its digest is kept on the module until its codes move or change.
-    """
-    weights = _quantized_weights(model)
-    if not weights:
-        return None
-    dtype = str(getattr(model, "dtype", torch.float32)).removeprefix("torch.")
-    kept: dict[str, Any] = model.__dict__.setdefault("_quantization_digests", {})
-    digests = {}
-    for path, q in weights.items():
-        key = (q.codes.data_ptr(), q.codes._version, q.scales.data_ptr(), q.scales._version)
-        if kept.get(path, (None,))[0] != key:
-            kept[path] = (key, module_digest(q))
-        digests[path] = kept[path][1]
-    return Fingerprint({path: q.spec for path, q in weights.items()}, digests, dtype)
 
 
 def save_adapters(

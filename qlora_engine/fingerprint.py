@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from quant import QuantizedTensor, QuantSpec
 
@@ -19,6 +21,7 @@ from .files import read_json_object, write_json
 
 FINGERPRINT_FILE = "quantization_fingerprint.json"
 VERSION = 1
+_ELEMENTS = 1 << 22  # of a dense weight hashed at once
 
 
 def module_digest(q: QuantizedTensor) -> str:
@@ -37,19 +40,41 @@ def module_digest(q: QuantizedTensor) -> str:
     return digest.hexdigest()[:16]
 
 
+def dense_digest(weight: Tensor) -> str:
+    """SHA-256 (16 hex digits) of the shape of a weight (out, in) and of the signs of its elements.
+
+    Rounding to another floating dtype changes neither signs nor zeros (but for values that underflow), so a
+    dequantised weight is known again in whatever dtype it is loaded. Another quantisation of the same weight
+    differs in the signs of its smallest elements, and in which of them are zero.
+    """
+    digest = hashlib.sha256(f"dense {tuple(weight.shape)}".encode())
+    for rows in weight.detach().split(max(1, _ELEMENTS // max(1, weight.shape[-1]))):
+        for signs in (rows > 0, rows < 0):
+            digest.update(np.packbits(signs.cpu().numpy()).data)
+    return digest.hexdigest()[:16]
+
+
+def most(reasons: list[str]) -> list[str]:
+    """The first five: what is shown of many."""
+    return reasons[:5]
+
+
 @dataclass(frozen=True)
 class Fingerprint:
     """The formats and contents of all quantised weights of a model.
 
     Attributes:
         specs: Module path -> how it is quantised.
-        digests: Module path -> ``module_digest``.
-        compute_dtype: In which the base is meant to compute, e.g. "bfloat16".
+        digests: Module path -> ``module_digest``; ``dense_digest`` where the base was saved dequantised.
+        compute_dtype: In which the base is meant to compute, e.g. "bfloat16". Told, not compared: the same
+            codes may be computed with in any dtype.
+        dense: The base was saved dequantised.
     """
 
     specs: Mapping[str, QuantSpec]
     digests: Mapping[str, str]
     compute_dtype: str
+    dense: bool = False
 
     @property
     def codes_sha256(self) -> str:
@@ -66,6 +91,7 @@ class Fingerprint:
             "version": VERSION,
             "codes_sha256": self.codes_sha256,
             "compute_dtype": self.compute_dtype,
+            "stored": "dense" if self.dense else "packed",
             "modules": modules,
         }
 
@@ -82,7 +108,8 @@ class Fingerprint:
             modules = {path: dict(facts) for path, facts in values["modules"].items()}
             digests = {path: str(facts.pop("digest")) for path, facts in modules.items()}
             specs = {path: QuantSpec.from_dict(facts) for path, facts in modules.items()}
-            return cls(specs, digests, str(values["compute_dtype"]))
+            dense = values.get("stored") == "dense"
+            return cls(specs, digests, str(values["compute_dtype"]), dense)
         except (KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"not a fingerprint of a quantised base: {error!r}") from error
 
@@ -101,7 +128,7 @@ class Fingerprint:
         return cls.from_dict(read_json_object(path)) if path.is_file() else None
 
     def differences(self, base: Fingerprint) -> list[str]:
-        """Why an adapter made for this base does not belong to ``base``: at most 5 reasons."""
+        """Why an adapter made for this packed base does not belong to the packed ``base``: at most 5."""
         found = []
         for path in sorted({*self.specs, *base.specs}):
             made, given = self.specs.get(path), base.specs.get(path)
@@ -113,6 +140,4 @@ class Fingerprint:
                 )
             elif self.digests[path] != base.digests[path]:
                 found.append(f"{path} has other codes or scales")
-        if self.compute_dtype != base.compute_dtype:
-            found.append(f"computes in {base.compute_dtype}, was {self.compute_dtype}")
-        return found[:5]
+        return most(found)

@@ -331,6 +331,7 @@ def _assemble(
         specs={layer.path: layer.spec for layer in plan.layers},
         digests={layer.path: digest for layer, (_, digest) in facts.items()},
         compute_dtype=plan.dtype,
+        dense=plan.save_format == "dense",
     )
     fingerprint.write(result)
     factors = [entry for layer in plan.layers for entry in pieces.factors(layer)]

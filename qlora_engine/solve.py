@@ -13,7 +13,7 @@ from quant import QuantizedTensor
 
 from .adapter_io import factor_names
 from .calibration_result import Calibration
-from .fingerprint import module_digest
+from .fingerprint import dense_digest, module_digest
 from .inits import Initialised, embedding_factors, get, initialise
 from .plan import LayerPlan, Plan
 from .report import LayerReport
@@ -30,7 +30,7 @@ class SolvedLayer:
     Attributes:
         base: Tensors of the checkpoint.
         factors: Tensors of the adapter; none for a layer without one.
-        digest: Of the codes and scales.
+        digest: Of the codes and scales, or of what they are dequantised to where that is saved.
         report: What it cost.
     """
 
@@ -92,9 +92,11 @@ def solve_layer(
     )
     assert isinstance(solved.base, QuantizedTensor)
     base = dataclasses.replace(solved.base, dtype=getattr(torch, plan.dtype))
-    error = solved.error
+    error, digest = solved.error, ""
     if plan.save_format == "dense":
-        error = _relative_error(W, dense_base(plan, layer, base), solved, layer)
+        dense = dense_base(plan, layer, base)
+        error, digest = _relative_error(W, dense, solved, layer), dense_digest(dense)
+        del dense
     report = LayerReport(
         name=layer.path,
         kind=kind,
@@ -122,7 +124,7 @@ def solve_layer(
     if layer.rank:
         pair = embedding_factors(solved.A, solved.B) if kind == "embedding" else (solved.A, solved.B)
         factors = [DenseTensor(n, t) for n, t in zip(factor_names(layer.path, kind), pair, strict=True)]
-    return SolvedLayer(layer_tensors(plan, layer, base), factors, module_digest(base), report)
+    return SolvedLayer(layer_tensors(plan, layer, base), factors, digest or module_digest(base), report)
 
 
 def _corrects_nothing(solved: Initialised) -> bool:

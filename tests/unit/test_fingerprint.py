@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_engine.fingerprint import FINGERPRINT_FILE, Fingerprint, module_digest
+from qlora_engine.fingerprint import FINGERPRINT_FILE, Fingerprint, dense_digest, module_digest
 from quant import QuantSpec, quantize
 from quant.bnb_format import from_bnb, to_bnb
 from quant.linear import QuantLinear
@@ -41,6 +41,17 @@ def test_module_digest_survives_bitsandbytes_layout() -> None:
     assert module_digest(from_bnb("w", to_bnb("w", q))) == module_digest(q)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dense_digest_knows_a_dequantised_weight_in_every_dtype(dtype: torch.dtype) -> None:
+    W = torch.randn(32, 64)
+    weight = quantize(W, QuantSpec()).dequantize(torch.float16)
+    digest = dense_digest(weight)
+    assert dense_digest(weight.to(dtype)) == digest
+    others = [W, weight.T, weight.reshape(64, 32), quantize(W, QuantSpec("nf3")).dequantize()]
+    others += [quantize(W, QuantSpec(block_size=32)).dequantize(), -weight]
+    assert digest not in [dense_digest(other) for other in others]
+
+
 def some() -> Fingerprint:
     specs = {"a": QuantSpec(), "b": QuantSpec("int8", 128)}
     return Fingerprint(specs, {"a": "0" * 16, "b": "1" * 16}, "bfloat16")
@@ -52,6 +63,9 @@ def test_written_and_read(tmp_path: Path) -> None:
     assert Fingerprint.read(tmp_path) == some()
     values = json.loads((tmp_path / FINGERPRINT_FILE).read_text())
     assert values["codes_sha256"] == some().codes_sha256
+    dense = dataclasses.replace(some(), dense=True)
+    dense.write(tmp_path)
+    assert Fingerprint.read(tmp_path) == dense
     assert values["modules"]["b"]["format"] == "int8"
 
 
@@ -62,7 +76,9 @@ def test_differences() -> None:
     assert made.differences(other) == ["a has other codes or scales"]
     assert other.codes_sha256 != made.codes_sha256
     other = dataclasses.replace(made, specs={**made.specs, "b": QuantSpec()}, compute_dtype="float16")
-    assert made.differences(other) == ["b is nf4/64 here, was int8/128", "computes in float16, was bfloat16"]
+    assert made.differences(other) == ["b is nf4/64 here, was int8/128"]
+    # The same codes may be computed with in any dtype.
+    assert made.differences(dataclasses.replace(made, compute_dtype="float16")) == []
     fewer = Fingerprint({"a": made.specs["a"]}, {"a": made.digests["a"]}, "bfloat16")
     assert made.differences(fewer) == ["b is dense in this base"]
     assert fewer.differences(made) == ["b is quantised in this base"]
