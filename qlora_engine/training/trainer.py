@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import Trainer
 
 from qlora_engine.adapter_state import load_peft_weights, set_peft_model_state_dict
-from qlora_engine.files import write_json
+from qlora_engine.files import sync_file, write_json
 
 COMPLETE = "complete.json"  # written last: a checkpoint folder without it was cut off
 
@@ -29,6 +30,23 @@ def latest_checkpoint(folder: Path) -> Path | None:
         else:
             shutil.rmtree(path)
     return max(found)[1] if found else None
+
+
+def remove_old_checkpoints(folder: Path, keep: int, spare: Sequence[str] = ()) -> None:
+    """Leave the ``keep`` newest checkpoints of ``folder``, among them those named in ``spare``.
+
+    The mark of a checkpoint goes first: one that is half removed is no checkpoint any more.
+    """
+    steps = sorted(
+        (int(step[1]), path)
+        for path in folder.glob("checkpoint-*")
+        if (step := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    )
+    older = [path for _, path in steps[:-1] if path.name not in spare]
+    spared = len(steps) - len(older)
+    for path in older[: max(len(older) - max(keep - spared, 0), 0)]:
+        (path / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(path)
 
 
 class AdapterTrainer(Trainer):
@@ -72,10 +90,21 @@ class AdapterTrainer(Trainer):
         self.model.save_pretrained(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        # Trainer removes old checkpoints last of all; here the new one must have its mark before that.
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = keep
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            write_json(folder / COMPLETE, {"step": self.state.global_step})
+            folder = Path(self.args.output_dir)
+            newest = folder / f"checkpoint-{self.state.global_step}"
+            for path in newest.iterdir():
+                sync_file(path)
+            write_json(newest / COMPLETE, {"step": self.state.global_step})
+            if keep:
+                best = self.state.best_model_checkpoint
+                remove_old_checkpoints(folder, keep, () if best is None else (Path(best).name,))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         weights = load_peft_weights(resume_from_checkpoint, device="cpu")
