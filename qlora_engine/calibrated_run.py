@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,11 @@ from .allocate import Allocation, allocate, candidate_specs, layer_choices
 from .calibration import calibrate
 from .calibration_result import Calibration
 from .errors import InputError
-from .files import write_json
+from .files import Lock, write_json
 from .options import InitOptions
 from .plan import Plan
 from .texts import DEFAULT_WINDOW, load_texts
+from .workspace import RUN_FILE, Workspace
 
 BUDGET_FORMATS = ("nf2", "nf3", "nf4", "int8")
 SENSITIVITY_WINDOWS = 4  # measured on few windows: only ratios between layers matter
@@ -69,6 +72,26 @@ class Source:
 def cache_path(out: Path) -> Path:
     """Where the calibration of an unfinished run for ``out`` lies."""
     return out.parent / f".{out.name}.calibration.safetensors"
+
+
+@contextmanager
+def alone(source: Source, out: Path) -> Iterator[None]:
+    """Keep other processes from the calibration of ``out``, which is made before its workspace is opened.
+
+    Raises:
+        InputError: another process works on ``out``, or on the file that the calibration is kept in.
+        OSError: the lock cannot be made.
+    """
+    if not source.given:
+        yield
+        return
+    Workspace.tidy(out)  # refuses an ``out`` whose layers are being written
+    with ExitStack() as stack:
+        for path in {cache_path(out), source.save or cache_path(out)}:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = Lock(path.with_name(path.name + ".lock"), Path(os.path.realpath(out)))
+            stack.callback(lock.release, remove=True)
+        yield
 
 
 def obtain(
@@ -133,8 +156,10 @@ def obtain(
 
 
 def forget(source: Source, out: Path) -> None:
-    """Remove the calibration of a run that is done, unless it was asked to be kept."""
-    if source.texts is not None:
+    """Remove the calibration of a run that is done, unless it was asked to be kept; not of an unfinished
+    one."""
+    unfinished = (Workspace.folder_for(Path(os.path.realpath(out))) / RUN_FILE).exists()
+    if source.texts is not None and not unfinished:
         path = source.save or cache_path(out)
         path.with_name(path.name + ".json").unlink(missing_ok=True)
         if source.save is None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +16,7 @@ import click
 
 from qlora_engine.cli import common
 from qlora_engine.errors import InputError
+from qlora_engine.files import Lock
 
 PROGRAM = "qlora-finetune"
 EXAMPLES = """
@@ -101,7 +104,35 @@ def run(model_name: str, options: dict[str, Any]) -> None:
     """
     settings = settings_of(options)
     output = settings.output
-    started = (output / "checkpoints").exists() or (output / "adapter_config.json").exists()
+    if options["estimate"]:
+        return _run(model_name, options, settings)
+    with _alone(output):
+        _run(model_name, options, settings)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keep other runs from ``output``; of the processes of one run, the first does it for all.
+
+    Raises:
+        InputError: another run is writing there.
+    """
+    if int(os.environ.get("RANK", "0")):
+        yield
+        return
+    target = Path(os.path.realpath(output))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = Lock(target.parent / f".{target.name}.lock", target)
+    try:
+        yield
+    finally:
+        lock.release(remove=True)
+
+
+def _run(model_name: str, options: dict[str, Any], settings: Any) -> None:
+    output = settings.output
+    # A run that was cut off before its settings were written has left nothing to go on from.
+    started = any((output / name).exists() for name in ("checkpoints/settings.json", "adapter_config.json"))
     if started and not (options["resume"] or options["overwrite"] or options["estimate"]):
         raise InputError(f"{output} holds a run already; --resume goes on with it, --overwrite begins anew")
     from qlora_engine.training import run as training
@@ -205,8 +236,6 @@ def load(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _device(name: str) -> Any:
-    import os
-
     import torch
 
     if name == "auto":

@@ -100,27 +100,29 @@ def execute(model: str, out: Path, given: dict[str, Any], command: str) -> int:
         return 0
     _state["out"] = out
     calibration, identity = None, None
-    try:
-        if source.given or given["budget"] is not None:
-            check_output(out, overwrite=given["overwrite"] or given["resume"])
-            plan, calibration, identity = _calibrated(plan, out, source, given, device, screen)
-        with _progress(plan, quiet=quiet, as_json=as_json) as progress:
-            report = pipeline.run(
-                plan,
-                out,
-                device=device,
-                model=model,
-                command=command,
-                overwrite=given["overwrite"],
-                resume=given["resume"],
-                progress=progress,
-                calibration=calibration,
-                calibrated=identity,
-            )
-    except InputError:
+    if source.given or given["budget"] is not None:
+        check_output(out, overwrite=given["overwrite"] or given["resume"])
+    with calibrated_run.alone(source, out):
+        try:
+            if source.given or given["budget"] is not None:
+                plan, calibration, identity = _calibrated(plan, out, source, given, device, screen)
+            with _progress(plan, quiet=quiet, as_json=as_json) as progress:
+                report = pipeline.run(
+                    plan,
+                    out,
+                    device=device,
+                    model=model,
+                    command=command,
+                    overwrite=given["overwrite"],
+                    resume=given["resume"],
+                    progress=progress,
+                    calibration=calibration,
+                    calibrated=identity,
+                )
+        except InputError:
+            calibrated_run.forget(source, out)
+            raise
         calibrated_run.forget(source, out)
-        raise
-    calibrated_run.forget(source, out)
     if as_json:
         common.emit(dumps({"event": "done", "out": str(out)} | run_facts(report)))
     screen.print(summary(report))
