@@ -14,7 +14,7 @@ from quant.bnb_format import why_not_bnb
 from .architecture import Architecture, Home, ModuleInfo
 from .checkpoint import Checkpoint, natural_order
 from .config import LoraConfig
-from .errors import InputError
+from .errors import InputError, did_you_mean
 from .options import InitOptions
 from .safetensors_io import DTYPE_BITS, FLOAT_DTYPES, TensorEntry
 from .targets import check_target_module_exists, condense, get_pattern_key, pattern_value, plan_targets
@@ -136,13 +136,37 @@ def _targets(architecture: Architecture, options: InitOptions) -> tuple[set[str]
                 _lora_config(options), modules, model_type=architecture.model_type, output_layer=head
             )
         except ValueError as error:
-            raise InputError(f"{error} {_kinds_hint(architecture)}".strip()) from error
-    return set(found.targeted), found.target_modules, [str(warning.message) for warning in caught]
+            wrong = "".join(f"; {note}" for note in _unused_names(architecture, options))
+            raise InputError(f"{error} {_kinds_hint(architecture)}".strip() + wrong) from error
+    unused = _unused_names(architecture, options)
+    # PEFT's words for an exclusion without effect say less than the note that names it.
+    said = [str(w.message) for w in caught if not (unused and "exclude_modules" in str(w.message))]
+    notes = said + unused
+    return set(found.targeted), found.target_modules, notes
 
 
 def _kinds_hint(architecture: Architecture) -> str:
-    names = {path.rpartition(".")[2]: None for path in _solvable(architecture)}
+    names = _last_names(architecture)
     return f"(this model has {', '.join(names)})" if names else ""
+
+
+def _last_names(architecture: Architecture) -> list[str]:
+    return list(dict.fromkeys(path.rpartition(".")[2] for path in _solvable(architecture)))
+
+
+def _unused_names(architecture: Architecture, options: InitOptions) -> list[str]:
+    """Names among the targets and exclusions that are no module's: PEFT passes over them in silence."""
+    paths = [module.path for module in architecture.modules]
+    return [
+        f"--{option} '{name}' is no module of this model{did_you_mean(name, _last_names(architecture))}"
+        for option, names in (
+            ("target-modules", options.target_modules),
+            ("exclude-modules", options.exclude_modules),
+        )
+        if isinstance(names, tuple)
+        for name in names
+        if not any(f".{path}".endswith(f".{name}") for path in paths)
+    ]
 
 
 def _solvable(architecture: Architecture) -> list[str]:
@@ -374,6 +398,7 @@ def _unused_patterns(options: InitOptions, paths: Sequence[str]) -> list[str]:
     }
     return [
         f"--{option} '{key}' matches no quantised module"
+        f"{did_you_mean(key, dict.fromkeys(path.rpartition('.')[2] for path in paths))}"
         for option, patterns in given.items()
         for key in patterns
         if not any(re.match(rf"(.*\.)?({key})$", path) for path in paths)

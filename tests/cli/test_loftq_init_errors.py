@@ -172,6 +172,7 @@ def test_weights_that_are_not_finite(tmp_path: Path, make_model: Callable[..., A
         (["--block-size", 16, "--save-format", "bnb"], "choose --save-format native or dense"),
         (["--target-modules", "embed_tokens", "--save-format", "bnb"], "bitsandbytes holds no embeddings"),
         (["--target-modules", "query"], "this model has embed_tokens, q_proj, k_proj"),
+        (["--target-modules", "qproj"], "'qproj' is no module of this model (did you mean 'q_proj'?)"),
         (["--target-modules", ".*(q_proj"], "is not a regular expression"),
         (["--target-modules", "mlp"], "module 'model.layers.0.mlp' is a other"),
         (["--exclude-modules", ".*"], "All modules were excluded"),

@@ -85,7 +85,7 @@ def test_layers_are_in_natural_order(make_checkpoint: MakeCheckpoint) -> None:
         ({"target_modules": ("embed_tokens",)}, "native", "bitsandbytes holds no embeddings"),
         ({"save_format": "dense", "format": "nf2"}, "dense", None),
         ({"rank_pattern": {"q_proj": 2, "0.*": 3}}, "bnb", "2 keys match module"),
-        ({"exclude_modules": ("nothing",)}, "bnb", "no modules were excluded"),
+        ({"exclude_modules": ("nothing",)}, "bnb", "'nothing' is no module of this model"),
     ],
 )
 def test_save_format_and_notes(
