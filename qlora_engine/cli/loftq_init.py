@@ -146,6 +146,7 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
         (("--dry-run",), {**flag, "help": "Show the plan: layers, bits, sizes, memory. Writes nothing."}),
         (("--overwrite",), {**flag, "help": "Replace OUT, once the new one is whole; begin anew."}),
         (("--resume",), {**flag, "help": "Go on with an interrupted run; finished layers are kept."}),
+        (("--verify",), {**flag, "help": "Read OUT again and check it against the solver's figures."}),
         (("--quiet",), {**flag, "help": "Print nothing but errors."}),
         (("--json", "as_json"), {**flag, "help": "Print JSON lines: plan, one a layer, totals."}),
     ]

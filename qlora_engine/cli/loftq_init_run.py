@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from qlora_engine import inits
 from qlora_engine.cli import common
 from qlora_engine.errors import InputError
 from qlora_engine.options import FORMAT_OF_BITS, InitOptions, default_iters, init_methods
-from qlora_engine.plan import Plan
+from qlora_engine.plan import STORED_DTYPE, LayerPlan, Plan
 from qlora_engine.report import LayerReport, RunReport, dumps
 from qlora_engine.report_table import human_bytes, human_seconds, human_width, summary
+from qlora_engine.safetensors_io import DTYPE_BITS
 
 _LOG_SECONDS = 10.0  # between lines of progress where there is no terminal
 _state: dict[str, Path] = {}
@@ -94,7 +96,9 @@ def execute(model: str, out: Path, given: dict[str, Any], command: str) -> int:
     if as_json:
         common.emit(dumps({"event": "plan", **plan_facts(plan)}))
     if given["dry_run"]:
-        screen.print(plan_table(plan), *(Text(f"note: {note}") for note in plan.notes))
+        screen.print(plan_table(plan))
+        for note in plan.notes:
+            screen.print(Text(f"note: {note}"))
         if given["budget"] is not None:
             screen.print(Text("note: --budget chooses the widths once the layers' errors are measured"))
         return 0
@@ -126,6 +130,13 @@ def execute(model: str, out: Path, given: dict[str, Any], command: str) -> int:
     if as_json:
         common.emit(dumps({"event": "done", "out": str(out)} | run_facts(report)))
     screen.print(summary(report))
+    if given["verify"]:
+        from qlora_engine.verify import verify
+
+        verified = verify(plan, out)
+        if as_json:
+            common.emit(dumps({"event": "verified"} | asdict(verified)))
+        screen.print(Text(f"\n{verified}"), soft_wrap=True)
     screen.print(Text(next_steps(out, plan, report)), soft_wrap=True)
     return 0
 
@@ -202,6 +213,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
                 **layer.spec.to_dict(),
                 "bytes_in": layer.entry.nbytes,
                 "bytes_out": plan.layer_bytes(layer),
+                "adapter_bytes": adapter_bytes(plan, layer),
             }
             for layer in plan.layers
         ],
@@ -224,6 +236,12 @@ def bytes_out(plan: Plan) -> int:
     return rest + sum(plan.layer_bytes(layer) for layer in plan.layers)
 
 
+def adapter_bytes(plan: Plan, *layers: LayerPlan) -> int:
+    """Bytes of the adapter's factors of the given layers."""
+    element = DTYPE_BITS[STORED_DTYPE[plan.options.adapter_dtype]] // 8
+    return sum(layer.factor_bytes(element) for layer in layers)
+
+
 def expected_memory(plan: Plan) -> int:
     """Bytes of resident memory that a run on the CPU will take at most, from measurements; see benchmarks."""
     return 700_000_000 + 24 * plan.largest.numel
@@ -231,13 +249,14 @@ def expected_memory(plan: Plan) -> int:
 
 def plan_table(plan: Plan) -> Table:
     """The plan by kind of layer, with sizes."""
-    table = Table(title=f"{plan.architecture.class_name}: {len(plan.layers)} layers to quantise", box=None)
-    table.title_justify = "left"
-    for name in ("layers", "shape", "format", "rank", "scaling", "size", "becomes"):
+    title = f"{plan.architecture.class_name}: {len(plan.layers)} layers to quantise"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, collapse_padding=True)
+    for name in ("layers", "shape", "format", "rank", "scaling", "size", "becomes", "adapter"):
         table.add_column(name, justify="left" if name in ("layers", "format") else "right")
     counts: Counter[tuple[Any, ...]] = Counter()
     before: Counter[tuple[Any, ...]] = Counter()
     after: Counter[tuple[Any, ...]] = Counter()
+    factors: Counter[tuple[Any, ...]] = Counter()
     for layer in plan.layers:
         width = human_width(layer.spec)
         name = ".".join("*" if part.isdecimal() else part for part in layer.path.split("."))
@@ -246,10 +265,13 @@ def plan_table(plan: Plan) -> Table:
         counts[key] += 1
         before[key] += layer.entry.nbytes
         after[key] += plan.layer_bytes(layer)
+        factors[key] += adapter_bytes(plan, layer)
     for (name, *cells), count in counts.items():
         key = (name, *cells)
-        table.add_row(Text(f"{count} x {name}"), *cells, human_bytes(before[key]), human_bytes(after[key]))
-    total = (human_bytes(plan.checkpoint.nbytes), human_bytes(bytes_out(plan)))
+        sizes = before[key], after[key], factors[key]
+        table.add_row(Text(f"{count} x {name}"), *cells, *map(human_bytes, sizes))
+    sizes = plan.checkpoint.nbytes, bytes_out(plan), adapter_bytes(plan, *plan.layers)
+    total = map(human_bytes, sizes)
     table.add_row(Text("whole model", style="bold"), "", f"{plan.save_format}, {plan.dtype}", "", "", *total)
     memory = human_bytes(expected_memory(plan))
     table.caption = f"largest layer {plan.largest.path}; expected peak memory on a CPU {memory}"

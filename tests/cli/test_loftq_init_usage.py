@@ -141,10 +141,21 @@ def test_dry_run_writes_nothing(tmp_path: Path, make_checkpoint: MakeCheckpoint)
     assert list(tmp_path.iterdir()) == []
     text = " ".join(result.out.split())
     assert "LlamaForCausalLM: 14 layers to quantise" in text
-    assert "2 x model.layers.*.self_attn.q_proj 64x64 int8/64 4 1 16.4 kB 8.7 kB" in text
+    assert "2 x model.layers.*.self_attn.q_proj 64x64 int8/64 4 1 16.4 kB 8.7 kB 4.1 kB" in text
     assert "whole model native, float16" in text
     assert "expected peak memory" in text
     assert "note: saved in the native format: bitsandbytes holds fp4 and nf4, not int8" in text
+
+
+def test_names_that_are_no_modules_are_noted(tmp_path: Path, make_checkpoint: MakeCheckpoint) -> None:
+    """A name that matches nothing is passed over as PEFT does, but not in silence: once, with the remedy."""
+    options = ["--target-modules", "q_proj,v_prj", "--exclude-modules", "k_prj", "--rank-pattern", "q_prj=2"]
+    result = invoke(make_checkpoint("llama"), tmp_path / "out", "--rank", 4, "--dry-run", *options)
+    assert [line for line in result.out.splitlines() if line.startswith("note:")] == [
+        "note: --target-modules 'v_prj' is no module of this model (did you mean 'v_proj'?)",
+        "note: --exclude-modules 'k_prj' is no module of this model (did you mean 'k_proj'?)",
+        "note: --rank-pattern 'q_prj' matches no quantised module (did you mean 'q_proj'?)",
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -159,6 +170,7 @@ def test_dry_run_predicts_sizes(
     tables = len(report.layers) * 220 if save_format == "bnb" else 0  # quant_map and quant_state
     assert planned["bytes_out"] <= report.bytes_out <= planned["bytes_out"] + tables
     assert [layer["bytes_out"] for layer in planned["layers"]] == [layer.bytes_out for layer in report.layers]
+    assert sum(layer["adapter_bytes"] for layer in planned["layers"]) == report.adapter_bytes
 
 
 def test_json_lines(tmp_path: Path, make_checkpoint: MakeCheckpoint) -> None:
