@@ -18,7 +18,7 @@ _HOME: dict[str, str] = {
     for module, names in {
         "config": "LoraConfig LoftQConfig PeftConfig PeftType TaskType PeftWarning EvaConfig CordaConfig "
         "LoraGAConfig "
-        "LoraRuntimeConfig PEFT_TYPE_TO_CONFIG_MAPPING get_peft_config",
+        "LoraRuntimeConfig PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING get_peft_config",
         "targets": "NoMatchingPeftModuleError PeftError",
         "tuner_layer": "BaseTunerLayer",
         "loading": "from_pretrained",
@@ -28,7 +28,7 @@ _HOME: dict[str, str] = {
         "dora": "DoraCaching",
         "auxiliary": "AuxiliaryTrainingWrapper ModulesToSaveWrapper",
         "trainable_tokens": "TrainableTokensWrapper",
-        "attach": "LoraModel inject_adapter_in_model inspect_matched_modules",
+        "attach": "LoraModel inject_adapter_in_model inspect_matched_modules PEFT_TYPE_TO_TUNER_MAPPING",
         "lora_param": "ParamWrapper",
         "lora_attention": "MultiheadAttention",
         "kbit": "prepare_model_for_kbit_training cast_mixed_precision_params",

@@ -548,3 +548,6 @@ def inspect_matched_modules(tuner: LoraModel, adapter_name: str = "default") -> 
     for key, _ in tuner.model.named_modules():
         found["matched" if check_target_module_exists(config, key) else "unmatched"].append(key)
     return found
+
+
+PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[LoraModel]] = {PeftType.LORA: LoraModel}

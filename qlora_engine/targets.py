@@ -147,7 +147,9 @@ def find_minimal_target_modules(targets: Iterable[str], others: Iterable[str]) -
         raise ValueError("target_modules should not contain an empty string.")
     if not targets.isdisjoint(others):
         raise ValueError(
-            "target_modules and other_module_names contain common elements, which cannot be told apart"
+            "target_modules and other_module_names contain common elements, this should not happen, please "
+            "open a GitHub issue at https://github.com/huggingface/peft/issues with the code to reproduce "
+            "this issue"
         )
 
     def suffixes(name: str) -> list[str]:
