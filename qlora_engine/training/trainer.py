@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -30,6 +32,15 @@ def latest_checkpoint(folder: Path) -> Path | None:
         else:
             shutil.rmtree(path)
     return max(found)[1] if found else None
+
+
+def _write_error(error: RuntimeError, folder: Path) -> Exception:
+    """torch.save reports the disk's errors as RuntimeErrors without a number."""
+    if not any(word in str(error) for word in ("iostream", "inline_container", "PytorchStreamWriter")):
+        return error
+    free = shutil.disk_usage(folder).free
+    number = errno.ENOSPC if free < 1 << 20 else errno.EIO
+    return OSError(number, os.strerror(number), str(folder))
 
 
 def remove_old_checkpoints(folder: Path, keep: int, spare: Sequence[str] = ()) -> None:
@@ -94,6 +105,8 @@ class AdapterTrainer(Trainer):
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
+        except RuntimeError as error:
+            raise _write_error(error, Path(self.args.output_dir)) from error
         finally:
             self.args.save_total_limit = keep
         if self.args.should_save:
