@@ -31,6 +31,7 @@ _HOME: dict[str, str] = {
         "attach": "LoraModel inject_adapter_in_model inspect_matched_modules PEFT_TYPE_TO_TUNER_MAPPING",
         "lora_param": "ParamWrapper",
         "lora_attention": "MultiheadAttention",
+        "eva": "get_eva_state_dict initialize_lora_eva_weights",
         "kbit": "prepare_model_for_kbit_training cast_mixed_precision_params",
         "status": "get_layer_status get_model_status TunerLayerStatus TunerModelStatus",
         "hotswap": "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap",

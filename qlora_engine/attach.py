@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from quant.linear import QuantLinear
 from . import adapters
 from .auxiliary import AuxiliaryTrainingWrapper
 from .base_weight import is_bnb_linear, is_conv1d, restore_adopted
+from .calibrated_model import calibrated
 from .config import LoraConfig, PeftConfig, PeftType
 from .extra_modules import add_extra_trainable_modules
 from .lora import Linear, create_lora_layer
@@ -251,13 +252,15 @@ class LoraModel(nn.Module):
         candidates = [n for n in names if n and not n.startswith(inside)] if not dummy else []
         config.target_modules = condense(config.target_modules, names)
         plan, tied = self._plan(config, candidates, state_dict)
-        if config.init_lora_weights == "loftq" and not low_cpu_mem_usage:
-            self._check_loftq(config, model, plan.targeted)
         was_tied = tied_embeddings(model)
         make: Callable[[], AbstractContextManager[Any]] = _on_meta if low_cpu_mem_usage else nullcontext
-        for key in plan.targeted:
-            with make():
-                self._adapt(config, adapter_name, model, key)
+        with ExitStack() as stack:
+            if config.init_lora_weights == "loftq" and not low_cpu_mem_usage:
+                stack.enter_context(calibrated(model, config, plan.targeted))
+                self._check_loftq(config, model, plan.targeted)
+            for key in plan.targeted:
+                with make():
+                    self._adapt(config, adapter_name, model, key)
         parameters: list[str] = []
         if config.target_parameters:
             from .lora_param import inject_parameters
@@ -548,6 +551,3 @@ def inspect_matched_modules(tuner: LoraModel, adapter_name: str = "default") -> 
     for key, _ in tuner.model.named_modules():
         found["matched" if check_target_module_exists(config, key) else "unmatched"].append(key)
     return found
-
-
-PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[LoraModel]] = {PeftType.LORA: LoraModel}
