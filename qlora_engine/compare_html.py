@@ -8,7 +8,8 @@ from html import escape
 from typing import Any
 
 from .compare import Run, groups, why
-from .report_html import cell, command_box, fill, script_data
+from .report import LayerReport
+from .report_html import cell, command_box, fill, script_data, text_cell
 from .report_table import human_bytes, human_seconds, human_width, report_method
 from .spectrum import Spectrum
 
@@ -61,6 +62,18 @@ def _run_row(run: Run) -> str:
     )
 
 
+def _worst_row(run: Run, layer: LayerReport) -> str:
+    cells = [
+        cell(run.label),
+        cell(layer.name),
+        cell(human_width(layer)),
+        cell(str(layer.rank or "-"), layer.rank),
+        cell(f"{layer.error:.4f}", layer.error),
+        text_cell(why(layer, run.report.layers)),
+    ]
+    return f"<tr>{''.join(cells)}</tr>"
+
+
 def _layer_rows(runs: Sequence[Run]) -> str:
     found = [{layer.name: layer for layer in run.report.layers} for run in runs]
     rows = []
@@ -95,27 +108,20 @@ def _drawn(run: Run) -> dict[str, Any]:
         "adapted": any(layer.rank for layer in report.layers),
         "kinds": [asdict(group) for group in groups(report.layers)],
         "layers": [
-            {"name": layer.name, "error": layer.error, "trace": list(layer.trace)} for layer in report.layers
+            {
+                "name": layer.name,
+                "error": layer.error,
+                "bits": layer.bits_per_weight,
+                "trace": list(layer.trace),
+            }
+            for layer in report.layers
         ],
     }
 
 
 def render(runs: Sequence[Run], *, command: str, worst: int, spectra: Sequence[Spectrum] = ()) -> str:
     """The page. Everything that comes from a model or the user is escaped."""
-    worst_rows = [
-        _row(
-            [
-                (run.label, None),
-                (layer.name, None),
-                (human_width(layer), None),
-                (str(layer.rank or "-"), layer.rank),
-                _error(layer.error),
-                (why(layer, run.report.layers), None),
-            ]
-        )
-        for run in runs
-        for layer in run.report.worst(worst)
-    ]
+    worst_rows = [_worst_row(run, layer) for run in runs for layer in run.report.worst(worst)]
     versions = dict.fromkeys(
         ", ".join(f"{name} {version}" for name, version in run.report.versions.items()) for run in runs
     )

@@ -9,12 +9,15 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from .compare import why
 from .files import write_text
 from .report import LayerReport, RunReport
-from .report_table import facts, human_bytes, human_width, report_method
+from .report_table import human_bytes, human_seconds, human_width, report_method
 
 HTML_FILE = "report.html"
-_HEADINGS = ("layer", "shape", "format", "bits", "rank", "plain error", "error", "change", "seconds", "bytes")
+_HEADINGS = ("layer", "plain error", "error", "change", "format", "bits", "rank", "shape", "seconds", "bytes")
+_OUTPUT_HEADINGS = ("output plain", "output error")
+_WORST = 5
 
 
 def fill(template: str, **values: str) -> str:
@@ -64,43 +67,76 @@ def _cards(report: RunReport) -> str:
 
 
 def cell(text: str, value: float | None = None) -> str:
-    """A table cell, with the value that its column sorts by."""
+    """A table cell, with the value that its column sorts by; a name may be broken after its dots."""
     data = "" if value is None else f' data-value="{value!r}"'
-    return f"<td{data}>{escape(text)}</td>"
+    return f"<td{data}>{escape(text).replace('.', '.<wbr>') if value is None else escape(text)}</td>"
 
 
-def _row(layer: LayerReport) -> str:
+def text_cell(text: str) -> str:
+    """A table cell of running text."""
+    return f'<td class="text">{escape(text)}</td>'
+
+
+def _row(layer: LayerReport, *, outputs: bool) -> str:
     cells = [
         cell(layer.name),
-        cell(" x ".join(map(str, layer.shape)), layer.numel),
-        cell(human_width(layer)),
-        cell(f"{layer.bits_per_weight:.3f}", layer.bits_per_weight),
-        cell(str(layer.rank or "-"), layer.rank),
         cell(f"{layer.error_plain:.4f}", layer.error_plain),
         cell(f"{layer.error:.4f}", layer.error),
         cell(f"{-100 * layer.gain:+.1f} %", -layer.gain),
+        cell(human_width(layer)),
+        cell(f"{layer.bits_per_weight:.3f}", layer.bits_per_weight),
+        cell(str(layer.rank or "-"), layer.rank),
+        cell(" x ".join(map(str, layer.shape)), layer.numel),
         cell(f"{layer.seconds:.2f}", layer.seconds),
         cell(human_bytes(layer.bytes_out), layer.bytes_out),
+    ]
+    if outputs:
+        pair = layer.output_error_plain, layer.output_error
+        cells[4:4] = [cell("", float("inf")) if e is None else cell(f"{e:.4f}", e) for e in pair]
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _worst_row(layer: LayerReport, report: RunReport) -> str:
+    cells = [
+        cell(layer.name),
+        cell(human_width(layer)),
+        cell(str(layer.rank or "-"), layer.rank),
+        cell(f"{layer.error:.4f}", layer.error),
+        text_cell(why(layer, report.layers)),
     ]
     return f"<tr>{''.join(cells)}</tr>"
 
 
+def _subtitle(report: RunReport) -> str:
+    """What the cards leave out."""
+    totals = report.totals
+    return (
+        f"{totals['weights']:,} weights in {totals['layers']} layers, saved as {report.save_format}, "
+        f"{report.dtype}, in {human_seconds(report.seconds)} with at most {human_bytes(report.peak_rss)} of "
+        "memory"
+    )
+
+
 def render(report: RunReport) -> str:
     """The page. Everything that comes from the model or the user is escaped."""
-    wanted = ("name", "error_plain", "error", "trace")
-    drawn = [{name: getattr(layer, name) for name in wanted} for layer in report.layers]
+    wanted = {name: name for name in ("name", "error_plain", "error", "output_error", "format", "trace")}
+    wanted["bits"] = "bits_per_weight"
+    drawn = [{key: getattr(layer, name) for key, name in wanted.items()} for layer in report.layers]
+    outputs = any(layer.output_error is not None for layer in report.layers)
+    headings = [*_HEADINGS[:4], *(_OUTPUT_HEADINGS if outputs else ()), *_HEADINGS[4:]]
     notes = ""
     if report.notes:
         notes = f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in report.notes)}</ul>"
     return fill(
         "report.html",
         title=escape(f"{report.model}: {report_method(report)}"),
-        subtitle=escape("; ".join(f"{label} {text}" for label, text in facts(report))),
+        subtitle=escape(_subtitle(report)),
         cards=_cards(report),
         command=command_box(report.command),
         notes=notes,
-        headings="".join(f"<th>{heading}</th>" for heading in _HEADINGS),
-        rows="\n".join(map(_row, report.layers)),
+        worst_rows="\n".join(_worst_row(layer, report) for layer in report.worst(_WORST)),
+        headings="".join(f"<th>{heading}</th>" for heading in headings),
+        rows="\n".join(_row(layer, outputs=outputs) for layer in report.layers),
         versions=escape(", ".join(f"{name} {version}" for name, version in report.versions.items())),
         data=script_data({"layers": drawn}),
     )

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,39 +137,73 @@ def test_bad_input_is_one_line(
     assert message in line
 
 
-def test_pages_work_in_a_browser(
-    runs: list[Path], make_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Plots are drawn, no error reaches the console, and a press on a heading sorts."""
+PROBE = """<script>
+  const press = (column) => document.querySelectorAll("#layers th")[column].click();
+  const first = (column) => document.querySelector("#layers tbody tr").cells[column].dataset.value;
+  press(COLUMN); const low = first(COLUMN); press(COLUMN); const high = first(COLUMN);
+  const plots = [...document.querySelectorAll("svg")].map(svg => svg.childElementCount);
+  const filter = document.getElementById("filter");
+  filter.value = "Q_PROJ"; filter.dispatchEvent(new Event("input"));
+  const kept = [...document.querySelectorAll("#layers tbody tr:not([hidden])")].length;
+  const page = document.documentElement, spill = page.scrollWidth - page.clientWidth;
+  const outside = [...document.querySelectorAll("svg text")].filter(text => {
+    const box = text.getBoundingClientRect(), plot = text.ownerSVGElement.getBoundingClientRect();
+    return box.left < plot.left - 1 || box.right > plot.right + 1;
+  }).map(text => text.textContent);
+  const numbers = {low: Number(low), high: Number(high), plots, kept, spill, width: innerWidth};
+  parent.postMessage(JSON.stringify({...numbers, outside, errors: failures}), "*");
+</script></body>"""  # fmt: skip
+CATCH = """<head><script>
+  window.failures = []; onerror = (m) => { failures.push(m); };
+  console.error = console.warn = (m) => { failures.push(String(m)); };
+</script>"""
+# A window of the browser is at least 500 pixels wide; a frame in it may be as narrow as a phone.
+FRAME = """<!doctype html>
+<script>addEventListener("message", event => { document.title = event.data; });</script>
+<iframe src="FILE" style="border:0;width:WIDTHpx;height:900px"></iframe>"""
+
+
+def look_at(page: Path, width: int, column: int, profile: Path) -> dict[str, Any]:
+    """What a script finds on a page in a real browser: drawn plots, sorting, filtering, errors, overflow."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no chromium on this machine")
+    head, _, tail = page.read_text().replace("<head>", CATCH, 1).rpartition("</body>")
+    probe = profile.with_suffix(".html")
+    probe.write_text(head + PROBE.replace("COLUMN", str(column)) + tail)
+    frame = profile.with_suffix(".frame.html")
+    frame.write_text(FRAME.replace("FILE", probe.name).replace("WIDTH", str(width)))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    flags += [f"--user-data-dir={profile}", "--window-size=1500,1000", "--virtual-time-budget=5000"]
+    done = subprocess.run(
+        [browser, *flags, "--dump-dom", frame.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    found = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert found is not None, done.stderr
+    values: dict[str, Any] = json.loads(html.unescape(found[1]))
+    return values
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_pages_work_in_a_browser(
+    runs: list[Path], make_checkpoint: Callable[..., Path], tmp_path: Path, width: int
+) -> None:
+    """Plots are drawn, no error reaches the console, headings sort, the filter filters, nothing spills."""
     compared = tmp_path / "compare.html"
     invoke(*runs, "--baseline", "--html", compared, "--spectrum", make_checkpoint("llama"))
-    probe = """<script>
-      const press = (column) => document.querySelectorAll("#layers th")[column].click();
-      const first = (column) => document.querySelector("#layers tbody tr").cells[column].dataset.value;
-      press(COLUMN); const low = first(COLUMN); press(COLUMN); const high = first(COLUMN);
-      const plots = [...document.querySelectorAll("svg")].map(svg => svg.childElementCount);
-      document.title = JSON.stringify({low: Number(low), high: Number(high), plots, errors: failures});
-    </script></body>"""
-    catch = "<head><script>window.failures = []; onerror = (m) => { failures.push(m); };</script>"
-    for page, column, plots in ((runs[0] / "report.html", 6, 3), (compared, 3, 15)):
-        text = page.read_text().replace("<head>", catch, 1)
-        head, _, tail = text.rpartition("</body>")
-        (tmp_path / "probe.html").write_text(head + probe.replace("COLUMN", str(column)) + tail)
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-        flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-        flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"]
-        done = subprocess.run(
-            [browser, *flags, (tmp_path / "probe.html").as_uri()],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-        found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout)[1]))
+    # sizes, kinds, iterations, 4 maps of the error, 1 of the bits, 8 spectra; of one run: layers, map, trace
+    for page, column, plots in ((runs[0] / "report.html", 2, 3), (compared, 3, 16)):
+        found = look_at(page, width, column, tmp_path / f"profile-{page.stem}")
         assert found["errors"] == []
+        assert found["width"] == width
         assert 0 < found["low"] < found["high"] < 1
         assert len(found["plots"]) == plots
         assert all(count > 3 for count in found["plots"])
+        assert found["kept"] == 2
+        assert found["spill"] <= 0
+        assert found["outside"] == []
