@@ -250,6 +250,9 @@ def _layers_of(model: Any) -> Iterator[LayerReport]:
                 weight_norm=0.0,  # not recorded
                 error_plain=record.error_plain,
                 error=record.error,
+                output_error_plain=record.output_error_plain,
+                output_error=record.output_error,
+                note=record.note,
                 trace=record.trace,
                 iterations=max(len(record.trace) - 1, 0),
                 seconds=record.seconds,

@@ -38,8 +38,15 @@ class LoftQConfig:
         bits_pattern: Module-name regex -> bits (int) or format name; first match wins, as in rank_pattern.
         svd: ``"fast"`` (residual within 1.001 of the best) or ``"exact"``.
         seed: Of the fast SVD's random start.
-        method: The solver, a name of ``qlora_engine.inits.names()`` that quantises.
-        calibration: What a solver that looks at inputs needs: a path, texts, or {module path: second moment}.
+        method: The solver, a name of ``qlora_engine.inits.names()`` that quantises. "": "recipe" with a
+            calibration, else "loftq".
+        calibration: What a solver that looks at inputs needs, and ``texts.load_texts`` reads: a path of
+            texts, an iterable of strings or token ids, a DataLoader of tokenised batches. Or what calibrating
+            gave: a ``Calibration``, the path of a saved one (.safetensors), {module path: second moment}.
+        tokenizer: For texts; None: the one that lies beside the model's weights.
+        calibration_windows: At most so many windows of text are read.
+        window: Tokens of each; None: what model and tokenizer take, at most 1024.
+        damping: Share of its mean that is added to the diagonal of a second moment.
 
     Raises:
         ValueError: a value out of range.
@@ -57,8 +64,12 @@ class LoftQConfig:
     bits_pattern: dict[str, int | str] = field(default_factory=dict)
     svd: str = "fast"
     seed: int = 0
-    method: str = "loftq"
+    method: str = ""
     calibration: Any = None
+    tokenizer: Any = None
+    calibration_windows: int = 64
+    window: int | None = None
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
         if self.format is None and self.loftq_bits not in _FORMAT_OF_BITS:
@@ -68,6 +79,8 @@ class LoftQConfig:
         for name, allowed in (("start", _STARTS), ("scales", _SCALES), ("svd", _SVDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        if not self.method:
+            self.method = "loftq" if self.calibration is None else "recipe"
         if self.bits_pattern is None:
             self.bits_pattern = {}
         for key, value in self.bits_pattern.items():

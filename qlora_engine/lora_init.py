@@ -13,6 +13,7 @@ from quant.spec import QuantSpec
 from quant.tensor import QuantizedTensor
 
 from .base_weight import dense_weight, is_conv1d, is_quantized, store_weight
+from .calibrated_model import check_moment, layer_moment
 from .config import LoftQConfig, LoraConfig
 from .inits import Initialised, embedding_factors, get, initialise
 from .lowrank import check_rank
@@ -35,6 +36,8 @@ class InitRecord:
         error: That of the stored base plus the stored, scaled factors.
         trace: Objective by iteration.
         seconds: Wall time.
+        output_error_plain, output_error: The same of the layer's output; None without a second moment.
+        note: What is unusual about this layer.
     """
 
     name: str
@@ -46,6 +49,9 @@ class InitRecord:
     error: float
     trace: tuple[float, ...]
     seconds: float
+    output_error_plain: float | None = None
+    output_error: float | None = None
+    note: str = ""
 
 
 def initialise_adapter(layer: LoraLayer, adapter: str, config: LoraConfig, name: str) -> None:
@@ -94,7 +100,7 @@ def _factor_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
 
 
-def _record(layer: LoraLayer, adapter: str, name: str, result: Initialised) -> None:
+def _record(layer: LoraLayer, adapter: str, name: str, result: Initialised, note: str = "") -> None:
     spec = result.base.spec if isinstance(result.base, QuantizedTensor) else None
     layer.init_records[adapter] = InitRecord(
         name=name,
@@ -106,6 +112,9 @@ def _record(layer: LoraLayer, adapter: str, name: str, result: Initialised) -> N
         error=result.error,
         trace=result.trace,
         seconds=result.seconds,
+        output_error_plain=result.output_error_plain,
+        output_error=result.output_error,
+        note=note,
     )
 
 
@@ -141,9 +150,12 @@ def check_loftq(base: nn.Module, rank: int, config: LoraConfig, name: str) -> No
     if isinstance(base, nn.Embedding) and base.max_norm is not None:
         raise ValueError(f"an embedding with max_norm changes its weight and cannot be quantised: {title}")
     check_rank(rank, dense_weight(base).shape, name or None)
-    moments = settings.calibration
-    if get(settings.method).needs_hessian and (not isinstance(moments, dict) or name not in moments):
-        raise ValueError(f"method={settings.method!r} needs calibration: no second moment for {title}")
+    if get(settings.method).needs_hessian:
+        if settings.calibration is None:
+            raise ValueError(
+                f"method={settings.method!r} needs LoftQConfig(calibration=...): texts to look at"
+            )
+        check_moment(settings.calibration, name, base)
 
 
 def _initialise_loftq(layer: LoraLayer, adapter: str, config: LoraConfig, name: str) -> None:
@@ -153,24 +165,28 @@ def _initialise_loftq(layer: LoraLayer, adapter: str, config: LoraConfig, name: 
     spec = settings.spec(pattern_value(settings.bits_pattern, name, None, field_name="bits_pattern"))
     weight = _base_matrix(layer)
     options = _options(layer, name)
-    if get(settings.method).needs_hessian:
-        options["hessian"] = settings.calibration[name]
+    method, scales, note = settings.method, settings.scales, ""
+    if get(method).needs_hessian:
+        hessian, why = layer_moment(settings.calibration, name, base)
+        if hessian is None:
+            method, scales, note = "loftq", "signed-mse", f"solved by loftq, not {method}: {why}"
+        options |= {"hessian": hessian, "damping": settings.damping}
     result = initialise(
         weight,
-        method=settings.method,
+        method=method,
         rank=layer.r[adapter],
         spec=spec,
         scaling=layer.scaling[adapter],
         factor_dtype=_factor_dtype(weight),
         iters=settings.loftq_iter,
-        scales=settings.scales,
+        scales=scales,
         svd=settings.svd,
         start=settings.start,
         seed=settings.seed,
         **options,
     )
     _set_factors(layer, adapter, result.A, result.B)
-    _record(layer, adapter, name, result)
+    _record(layer, adapter, name, result, note)
     assert isinstance(result.base, QuantizedTensor)
     replace_base(layer, quantized_module(base, result.base))
 
