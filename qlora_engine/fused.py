@@ -27,7 +27,8 @@ _MAX_SEED = 2**31 - 1
 
 def weight_of(layer: QuantLinear) -> Weight:
     """The weight of a layer, on its storage."""
-    return Weight(tuple(getattr(layer, name) for name in TENSOR_NAMES), layer.spec, layer.shape)
+    tensors = tuple(getattr(layer, name) for name in TENSOR_NAMES)
+    return Weight(tensors, layer.spec, layer.shape, layer.compute)
 
 
 _switch = {"on": True}
@@ -104,6 +105,7 @@ def lora_linear(
             seed,
             weight.spec,
             weight.shape,
+            weight.compute,
             *weight.tensors,
         )
     return y.to(out_dtype)
@@ -122,22 +124,23 @@ class _LoraLinear(torch.autograd.Function):
         seed: int,
         spec: QuantSpec,
         shape: torch.Size,
+        kind: str,
         *tensors: Tensor | None,
     ) -> Tensor:
         flat = x.reshape(-1, shape[1])  # (tokens, in)
         a, b = A.to(x.dtype), B.to(x.dtype)
-        y = multiply(flat, Weight(tensors, spec, shape), bias)
+        y = multiply(flat, Weight(tensors, spec, shape, kind), bias)
         h = _dropped(flat, dropout, seed) @ a.t()  # (tokens, r)
         y.addmm_(h, b.t(), alpha=scaling)
         # the weight goes through save_for_backward too: offloaded or streamed tensors are then the right ones
         ctx.save_for_backward(x, A, B, h, *tensors)
-        ctx.settings = (scaling, dropout, seed, spec, shape, None if bias is None else bias.dtype)
+        ctx.settings = (scaling, dropout, seed, spec, shape, kind, None if bias is None else bias.dtype)
         return y.reshape(*x.shape[:-1], shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, A, B, h, *tensors = ctx.saved_tensors
-        scaling, dropout, seed, spec, shape, bias_dtype = ctx.settings
+        scaling, dropout, seed, spec, shape, kind, bias_dtype = ctx.settings
         dy = grads[0].reshape(-1, shape[0]).to(x.dtype)  # (tokens, out)
         flat = x.reshape(-1, shape[1])
         a, b = A.to(x.dtype), B.to(x.dtype)
@@ -150,7 +153,7 @@ class _LoraLinear(torch.autograd.Function):
         if need[1]:
             dA = (dh.t() @ _dropped(flat, dropout, seed)).to(A.dtype)
         if need[0]:
-            dx = multiply_transposed(dy, Weight(tuple(tensors), spec, shape))
+            dx = multiply_transposed(dy, Weight(tuple(tensors), spec, shape, kind))
             if dropout > 0.0:
                 _dropped(dh @ a, dropout, seed, add_to=dx)
             else:

@@ -12,13 +12,15 @@ The factors are a few columns more of the same products, not passes of their own
 
 from __future__ import annotations
 
+import functools
 import types
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from quant.linear_op import Weight, workspace
+from quant.linear_op import Weight, using_workspace, workspace
 
 from . import fused
 
@@ -91,7 +93,8 @@ def _part(layer: Any, x: Tensor) -> Part | None:
     name, base = adapters[0], layer.base_layer
     dropout = layer.lora_dropout[name]
     drops = layer.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
-    if drops or base.bias is not None or fused.has_hooks(layer):
+    # float8 products have no columns to spare for the factors: such layers are fused one by one
+    if drops or base.bias is not None or fused.has_hooks(layer) or base.compute != "same":
         return None
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
     return Part(fused.weight_of(base), A, B, layer.scaling[name])
@@ -102,6 +105,20 @@ def _compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
         return torch.get_autocast_dtype(x.device.type)
     dtype: torch.dtype = layer.base_layer.compute_dtype or x.dtype
     return dtype
+
+
+T = TypeVar("T")
+
+
+def _holding_workspace(function: Callable[..., T]) -> Callable[..., T]:
+    """``function``, while no other thread decodes into the buffers that it uses."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> T:
+        with using_workspace:
+            return function(*args)
+
+    return run
 
 
 # ---- the MLP
@@ -137,6 +154,7 @@ def swiglu_mlp(x: Tensor, gate: Part, up: Part, down: Part) -> Tensor:
 
 class _SwigluMlp(torch.autograd.Function):
     @staticmethod
+    @_holding_workspace
     def forward(ctx: Any, x: Tensor, *flat: Any) -> Tensor:
         from quant.backends import triton_blocks
 
@@ -173,6 +191,7 @@ class _SwigluMlp(torch.autograd.Function):
         return y.reshape(x.shape)
 
     @staticmethod
+    @_holding_workspace
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         from quant.backends import triton_blocks
 
@@ -242,7 +261,9 @@ class _SharedInput:
     def __deepcopy__(self, memo: dict[int, Any]) -> _SharedInput:
         import copy
 
-        return _SharedInput(copy.deepcopy(self.layers, memo))
+        twin = memo[id(self)] = _SharedInput([])  # before its layers, which lead back here
+        twin.layers = copy.deepcopy(self.layers, memo)
+        return twin
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers, "x": None, "waiting": {}, "mode": (False, False)}
@@ -293,6 +314,7 @@ def shared_input(x: Tensor, *parts: Part) -> tuple[Tensor, ...]:
 
 class _SharedProducts(torch.autograd.Function):
     @staticmethod
+    @_holding_workspace
     def forward(ctx: Any, x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
         parts = _unflatten(flat)
         columns = parts[0].weight.shape[1]
@@ -312,6 +334,7 @@ class _SharedProducts(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @_holding_workspace
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, h, *saved = ctx.saved_tensors
         parts = _with_settings(saved, ctx.parts)

@@ -42,10 +42,12 @@ class QuantizedModule(nn.Module):
         spec: How the codes are to be read.
         weight_dtype: Dtype of the weight that was quantised.
         compute_dtype: Dtype to compute in; None means that of the input.
+        compute: "same", or "fp8": the products with this weight in float8, see ``quant.fp8``.
     """
 
     codes: nn.Parameter
     scales: nn.Parameter
+    compute = "same"
 
     def __init__(self, rows: int, columns: int, spec: QuantSpec, weight_dtype: torch.dtype) -> None:
         super().__init__()
@@ -197,16 +199,17 @@ class QuantLinear(QuantizedModule):
             compute, out_dtype = self.compute_dtype or x.dtype, x.dtype
         tensors = [getattr(self, name) for name in TENSOR_NAMES]
         spec = self.spec
-        y = quant_linear(
-            x.to(compute), *tensors, self.bias, spec.format, spec.block_size, spec.double_quant, *self.shape
-        )
+        settings = (spec.format, spec.block_size, spec.double_quant, *self.shape, self.compute)
+        y = quant_linear(x.to(compute), *tensors, self.bias, *settings)
         return cast(Tensor, y).to(out_dtype)
 
     def extra_repr(self) -> str:
         """Sizes and format, for printing."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, " + self._describe()
+            f"bias={self.bias is not None}, "
+            + self._describe()
+            + ("" if self.compute == "same" else f", compute={self.compute}")
         )
 
 

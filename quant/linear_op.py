@@ -4,12 +4,17 @@ On a CPU the weight is dequantised in blocks of rows into a workspace that stays
 reused; the whole dense weight never exists. Where the CPU has no native bfloat16, half-precision inputs
 are multiplied in float32 tiles, because its half-precision products are up to 180 times slower (measured
 with bitsandbytes' layer at 512 tokens).
+
+On a GPU the whole weight is decoded into a buffer that all layers of a stream share, and multiplied by
+cuBLAS. Three other ways are there and off until somebody asks for them: packed products for a few tokens
+(``small.py``), float8 products (``fp8.py``, by layer), and chunks of the weight that stay in the second-level
+cache between decoding and multiplying (``set_chunk``).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -17,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quant import backends
+from quant import backends, fp8, small
 from quant.spec import QuantSpec
 from quant.tensor import QuantizedTensor
 
@@ -27,6 +32,26 @@ TENSOR_NAMES = ("codes", "scales", "zeros", "nested_scales", "nested_offset", "n
 _TILE_ELEMENTS = 1 << 18
 _local = threading.local()
 _gpu_buffers: dict[tuple[Any, ...], Tensor] = {}
+_chunk: dict[str, int | None] = {"elements": None}
+# Held from decoding into a shared buffer until the product that reads it is enqueued: threads that launch on
+# one stream would else decode over each other's weight.
+using_workspace = threading.RLock()
+
+
+def set_chunk(elements: int | None) -> int | None:
+    """Decode and multiply on a GPU so many weights at a time; returns what was set before.
+
+    Args:
+        elements: Of the weight, in whole rows; None (default): all of it. An H100's second-level cache holds
+            16 million in 16 bits. Whether it pays has not been measured yet.
+
+    Raises:
+        ValueError: not positive.
+    """
+    if elements is not None and elements < 1:
+        raise ValueError(f"a chunk of {elements} elements; it must hold at least one")
+    before, _chunk["elements"] = _chunk["elements"], elements
+    return before
 
 
 @cache
@@ -43,6 +68,14 @@ def _tile_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured on the device's stream; it need not be the current device."""
+    if device.index in (None, torch.cuda.current_device()):
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def workspace(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A buffer that the next caller on this thread (GPU: stream) gets again; its content is anything.
 
@@ -51,7 +84,7 @@ def workspace(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """
     key: tuple[Any, ...] = (dtype, device)
     if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
+        if _is_capturing(device):
             return torch.empty(numel, dtype=dtype, device=device)
         key = (dtype, device, torch.cuda.current_stream(device).cuda_stream)
         buffers = _gpu_buffers
@@ -82,11 +115,15 @@ def as_quantized(
 
 
 class Weight(NamedTuple):
-    """A layer's weight in the pieces that an autograd function can save: its tensors, and the rest beside."""
+    """A layer's weight in the pieces that an autograd function can save: its tensors, and the rest beside.
+
+    ``compute`` is "same" (in the input's dtype) or "fp8".
+    """
 
     tensors: tuple[Tensor | None, ...]
     spec: QuantSpec
     shape: torch.Size
+    compute: str = "same"
 
     def quantized(self, dtype: torch.dtype = torch.float32) -> QuantizedTensor:
         """As a QuantizedTensor on the same storage."""
@@ -102,9 +139,27 @@ class Weight(NamedTuple):
         return out
 
 
-def _dense(weight: Weight, like: Tensor) -> Tensor:
-    """The whole weight in the shared buffer, in the dtype and on the device of ``like``."""
-    return weight.decode(workspace(weight.shape.numel(), like.dtype, like.device).view(weight.shape))
+def _whole(device: torch.device) -> bool:
+    """Whether weights are decoded as wholes, or the user's chunks, not in tiles for a CPU's cache."""
+    return device.type != "cpu"
+
+
+def _chunks(weight: Weight, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """First and last row and the decoded rows between, in the shared buffer and the dtype of ``like``."""
+    rows, columns = weight.shape
+    step = rows if _chunk["elements"] is None else max(1, _chunk["elements"] // max(columns, 1))
+    q = weight.quantized() if step < rows else None
+    for start in range(0, rows, max(step, 1)):
+        stop = min(start + step, rows)
+        out = workspace((stop - start) * columns, like.dtype, like.device).view(stop - start, columns)
+        yield start, stop, weight.decode(out) if q is None else q.dequantize_rows(start, stop, out=out)
+
+
+def _float8(weight: Weight, transposed: bool, device: torch.device) -> Tensor:
+    """The shared buffer for a float8 weight."""
+    rows, columns = weight.shape
+    shape = (columns, rows) if transposed else (rows, columns)
+    return workspace(rows * columns, torch.float8_e4m3fn, device).view(shape)
 
 
 def _for_tiles(weight: Weight) -> QuantizedTensor:
@@ -119,8 +174,23 @@ def _for_tiles(weight: Weight) -> QuantizedTensor:
 def multiply(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x (tokens, in) @ W^T + bias -> (tokens, out), a fresh tensor in x's dtype."""
     rows, columns = weight.shape
-    if x.device.type != "cpu":
-        return torch.nn.functional.linear(x, _dense(weight, x), None if bias is None else bias.to(x.dtype))
+    if weight.compute == "fp8":
+        with using_workspace:
+            return fp8.multiply(x, weight.quantized(), bias, _float8(weight, False, x.device))
+    if small.chosen(x.shape[0], x.device, weight.spec.bits) != "dense":
+        found = small.multiply(x, weight.quantized(), bias)
+        if found is not None:
+            return found
+    if _whole(x.device):
+        bias = None if bias is None else bias.to(x.dtype)
+        with using_workspace:
+            if _chunk["elements"] is None:
+                _, _, dense = next(_chunks(weight, x))
+                return torch.nn.functional.linear(x, dense, bias)
+            y = x.new_empty(x.shape[0], rows)
+            for start, stop, dense in _chunks(weight, x):
+                torch.mm(x, dense.t(), out=y[:, start:stop])
+        return y if bias is None else y.add_(bias)
     q, dtype = _for_tiles(weight), _tile_dtype(x.dtype)
     x_tile = x.to(dtype)
     y = torch.empty(x.shape[0], rows, dtype=dtype)
@@ -136,8 +206,20 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 def multiply_transposed(grad: Tensor, weight: Weight) -> Tensor:
     """grad (tokens, out) @ W -> (tokens, in), a fresh tensor in grad's dtype."""
     rows, columns = weight.shape
-    if grad.device.type != "cpu":
-        return grad @ _dense(weight, grad)
+    if weight.compute == "fp8":
+        with using_workspace:
+            return fp8.multiply_transposed(grad, weight.quantized(), _float8(weight, True, grad.device))
+    if small.chosen(grad.shape[0], grad.device, weight.spec.bits) != "dense":
+        found = small.multiply(grad, weight.quantized(), None, transposed=True)
+        if found is not None:
+            return found
+    if _whole(grad.device):
+        dx: Tensor | None = None
+        with using_workspace:
+            for start, stop, dense in _chunks(weight, grad):
+                part = grad[:, start:stop]
+                dx = part @ dense if dx is None else dx.addmm_(part, dense)
+        return grad.new_zeros(grad.shape[0], columns) if dx is None else dx
     q, dtype = _for_tiles(weight), _tile_dtype(grad.dtype)
     grad_tile = grad.to(dtype)
     total = torch.zeros(grad.shape[0], columns, dtype=dtype)
@@ -163,10 +245,12 @@ def quant_linear(
     double_quant: bool,
     rows: int,
     columns: int,
+    compute: str,
 ) -> Tensor:
     """x (..., columns) times the transposed quantised weight (rows, columns), plus bias: (..., rows)."""
     tensors = (codes, scales, zeros, nested_scales, nested_offset, nested_map)
-    weight = Weight(tensors, QuantSpec(format, block_size, double_quant), torch.Size((rows, columns)))
+    spec = QuantSpec(format, block_size, double_quant)
+    weight = Weight(tensors, spec, torch.Size((rows, columns)), compute)
     with torch.autocast(x.device.type, enabled=False):
         y = multiply(x.reshape(-1, columns), weight, bias)
     return y.reshape(*x.shape[:-1], rows)
@@ -174,7 +258,7 @@ def quant_linear(
 
 @quant_linear.register_fake
 def _(x: Tensor, codes: Tensor, scales: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rest[-2])
+    return x.new_empty(*x.shape[:-1], rest[-3])
 
 
 @torch.library.custom_op("quant::linear_backward", mutates_args=())
@@ -191,10 +275,12 @@ def quant_linear_backward(
     double_quant: bool,
     rows: int,
     columns: int,
+    compute: str,
 ) -> Tensor:
     """grad (..., rows) times the quantised weight (rows, columns): the input's gradient, (..., columns)."""
     tensors = (codes, scales, zeros, nested_scales, nested_offset, nested_map)
-    weight = Weight(tensors, QuantSpec(format, block_size, double_quant), torch.Size((rows, columns)))
+    spec = QuantSpec(format, block_size, double_quant)
+    weight = Weight(tensors, spec, torch.Size((rows, columns)), compute)
     with torch.autocast(grad.device.type, enabled=False):
         out = multiply_transposed(grad.reshape(-1, rows), weight)
     return out.reshape(*grad.shape[:-1], columns)
@@ -202,7 +288,7 @@ def quant_linear_backward(
 
 @quant_linear_backward.register_fake
 def _(grad: Tensor, codes: Tensor, scales: Tensor, *rest: Any) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], rest[-1])
+    return grad.new_empty(*grad.shape[:-1], rest[-2])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -219,7 +305,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_x = quant_linear_backward(grad, *ctx.saved_tensors, *ctx.settings)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[7]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return (grad_x, *[None] * 6, grad_bias, *[None] * 5)
+    return (grad_x, *[None] * 6, grad_bias, *[None] * 6)
 
 
 quant_linear.register_autograd(_backward, setup_context=_setup_context)

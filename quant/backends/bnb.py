@@ -7,6 +7,7 @@ from bitsandbytes import functional
 from torch import Tensor
 
 from quant.formats import Format
+from quant.tables import tables
 
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DEVICES = ("cpu", "cuda")
@@ -45,3 +46,14 @@ def dequantize(
     shape = (1, stop - first * block_size)  # a 2-D shape: bitsandbytes turns (n,) into (1, n)
     whole = torch.ops.bitsandbytes.dequantize_4bit.default(*args, shape, out.dtype)
     return out.copy_(whole.view(-1)[skip:].view(out.shape))
+
+
+def gemv(
+    x: Tensor, codes: Tensor, scales: Tensor, shape: tuple[int, int], fmt: Format, block_size: int
+) -> Tensor:
+    """``x W^T`` of one token, (1, in) -> (1, out), for rows of whole blocks; float32 scales."""
+    levels = tables(fmt, x.device).levels
+    y: Tensor = torch.ops.bitsandbytes.gemv_4bit.default(
+        x.contiguous(), codes.view(-1, 1), list(shape), scales, levels, block_size
+    )
+    return y

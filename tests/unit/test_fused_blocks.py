@@ -123,7 +123,14 @@ def test_enable_changes_nothing_but_the_path(llama, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=1e-5)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    twin_loss, _ = loss_and_gradients(copy.deepcopy(llama))
+    twin = copy.deepcopy(llama)
+    for module in twin.modules():
+        if hasattr(module, "q_proj"):  # one group, which collects for all three
+            assert (
+                len({id(getattr(module, name)._shared_input[0]) for name in ("q_proj", "k_proj", "v_proj")})
+                == 1
+            )
+    twin_loss, _ = loss_and_gradients(twin)
     assert torch.equal(twin_loss, loss)
     with llama.disable_adapter():
         assert not torch.equal(llama(input_ids=torch.arange(5, device=DEVICE)[None]).logits, loss)
