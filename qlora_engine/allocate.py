@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from statistics import median
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ class LayerChoices:
         candidates: At least one.
         weight: Factor of its errors in the sum.
         group: Layers of the same group get the same spec.
+        estimated: How much the loss minds it was not measured: it counts as layers like it do.
     """
 
     name: str
@@ -61,6 +63,7 @@ class LayerChoices:
     candidates: tuple[Candidate, ...]
     weight: float = 1.0
     group: str | None = None
+    estimated: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ def measure(
     With ``sensitivity`` the error is the layer's part of the loss of the whole model,
     1/2 sum_o s_o (E H E^T)_oo: the second-order term of KL(model, quantised model) a token, the gradients of
     different outputs taken as uncorrelated. Without it the error is relative, tr(E H E^T) / tr(W H W^T),
-    which assumes that every layer's relative output error does the same harm.
+    which assumes that every layer's relative output error does the same harm. A layer that was fed nothing
+    but zeros is measured as one without a Hessian: its error is not known to be harmless.
 
     Args:
         weight: Dense weight (out, in), any float dtype.
@@ -127,6 +131,8 @@ def measure(
         raise InputError(f"sensitivity {tuple(sensitivity.shape)} for a weight of {dense.shape[0]} outputs")
     if sensitivity is None:
         rows, scale = None, energy(dense, hessian)
+        if scale == 0 and hessian is not None:
+            hessian, scale = None, energy(dense, None)
     else:
         # Scaling a row by sqrt(s_o / 2) makes its squared output error count s_o / 2 times.
         rows, scale = (sensitivity.to(dense.device, torch.float32) / 2).sqrt()[:, None], 1.0
@@ -151,29 +157,60 @@ def layer_choices(
 ) -> list[LayerChoices]:
     """``measure`` for a stream of weights, one at a time.
 
+    With sensitivities, a layer without one, or with none but zeros (an expert that no token reached, an
+    embedding), is not free: its relative weight error counts as much, weight for weight, as the relative
+    output error of the layers of its shape does in the median, or of all layers where none has its shape.
+
     Args:
         weights: (name, dense weight (out, in)).
         specs: Formats to try.
         hessians: H by name, a ``Calibration`` for instance; layers without one take the identity.
-        sensitivities: By name, of every layer or (empty or None) of none: errors would not add up otherwise.
+        sensitivities: By name. Empty or None: every error is relative.
         groups: Name -> label; layers with one label will get one spec (``Calibration.groups``).
         approximate: As in ``measure``.
 
     Raises:
-        InputError: a layer without sensitivity where others have one; otherwise as ``measure``.
+        InputError: as ``measure``.
     """
-    made = []
+    made: list[LayerChoices] = []
+    minded: list[tuple[torch.Size, float]] = []  # shape, loss a weight of a layer all of whose output is lost
+    shapes: list[torch.Size] = []
     for name, weight in weights:
         sensitivity = sensitivities.get(name) if sensitivities else None
-        if sensitivities and sensitivity is None:
-            raise InputError(f"no sensitivity of {name}: its error cannot be compared with the other layers'")
         if sensitivity is not None and sensitivity.shape != weight.shape[:1]:
             # The disk has a part of what the model stacks (an expert's gate and up): they share the mean.
             sensitivity = sensitivity.mean().expand(weight.shape[0])
         hessian = hessians.get(name) if hessians is not None else None
+        if sensitivity is not None:
+            lost = _loss(weight, hessian, sensitivity) / weight.numel()
+            sensitivity = sensitivity if lost > 0 else None
+        if sensitivity is not None:
+            minded.append((weight.shape, lost))
+        elif sensitivities:
+            hessian = None
         found = measure(weight, specs, hessian, sensitivity=sensitivity, approximate=approximate)
-        made.append(LayerChoices(name, weight.numel(), found, group=groups.get(name) if groups else None))
-    return made
+        group = groups.get(name) if groups else None
+        estimated = bool(sensitivities) and sensitivity is None
+        made.append(LayerChoices(name, weight.numel(), found, group=group, estimated=estimated))
+        shapes.append(weight.shape)
+    if not minded:
+        return [replace(layer, estimated=False) for layer in made]
+    return [
+        replace(layer, weight=_typical(shape, minded) * layer.numel) if layer.estimated else layer
+        for layer, shape in zip(made, shapes)
+    ]
+
+
+def _loss(weight: Tensor, hessian: Tensor | None, sensitivity: Tensor) -> float:
+    """What losing all of a layer's output costs, in the unit of ``measure`` with ``sensitivity``."""
+    rows = (sensitivity.to(weight.device, torch.float32) / 2).sqrt()[:, None]
+    return energy(rows * weight.float(), None if hessian is None else hessian.to(weight.device))
+
+
+def _typical(shape: torch.Size, minded: Sequence[tuple[torch.Size, float]]) -> float:
+    """The median loss a weight of the layers of that shape, or of all."""
+    alike = [lost for other, lost in minded if other == shape]
+    return median(alike or [lost for _, lost in minded])
 
 
 def allocate(layers: Sequence[LayerChoices], budget: float) -> Allocation:

@@ -168,9 +168,12 @@ def forget(source: Source, out: Path) -> None:
 
 def share_out(
     plan: Plan, budget: float, calibration: Calibration | None, device: torch.device
-) -> tuple[InitOptions, Allocation]:
+) -> tuple[InitOptions, Allocation, tuple[str, ...]]:
     """Options with a width, block size and double quantisation for every layer, within ``budget`` bits a
     weight.
+
+    Returns:
+        The options, what was chosen, and what the report should say about it, a sentence each.
 
     Raises:
         InputError: a budget that no choice of formats meets.
@@ -187,12 +190,19 @@ def share_out(
     if calibration is not None:
         minded = ((layer.path, calibration.sensitivity(layer.path)) for layer in plan.layers)
         known = {path: values for path, values in minded if values is not None}
-    everywhere = len(known) == len(plan.layers)
     # The calibration reads one H at a time: that of the layer being measured.
-    choices = layer_choices(weights(), specs, calibration, known if everywhere else None)
+    choices = layer_choices(weights(), specs, calibration, known)
     allocation = allocate(choices, budget)
+    notes = [
+        f"budget of {budget:g} bits a weight: {allocation.bits_per_weight:.4f} are taken, scales included"
+    ]
+    if estimated := [choice.name for choice in choices if choice.estimated]:
+        notes.append(
+            f"{len(estimated)} layers that calibration did not reach, e.g. '{estimated[0]}', share in the "
+            "budget as layers of their shape do"
+        )
     patterns = {f"^{re.escape(path)}$": _width(spec) for path, spec in allocation.specs.items()}
-    return replace(plan.options, bits_pattern=patterns), allocation
+    return replace(plan.options, bits_pattern=patterns), allocation, tuple(notes)
 
 
 def _width(spec: QuantSpec) -> str:

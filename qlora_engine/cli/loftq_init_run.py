@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,12 +171,10 @@ def _calibrated(
         )
     if given["budget"] is None:
         return plan, calibration, identity
-    options, allocation = calibrated_run.share_out(plan, given["budget"], calibration, device)
+    options, _, notes = calibrated_run.share_out(plan, given["budget"], calibration, device)
     plan = make_plan(plan.checkpoint, plan.architecture, options)
-    screen.print(plan_table(plan))
-    screen.print(
-        Text(f"budget {allocation.budget:g}: {allocation.bits_per_weight:.4f} bits a weight are taken")
-    )
+    plan = replace(plan, notes=plan.notes + notes)
+    screen.print(plan_table(plan), *(Text(note) for note in notes))
     return plan, calibration, identity
 
 

@@ -82,6 +82,7 @@ def test_budget_is_kept_and_used(model: Path, texts: Path, tmp_path: Path) -> No
     )
     assert done.code == 0, done.err
     report = RunReport.read(tmp_path / "out")
+    assert any(note.startswith("budget of 3.3 bits a weight: 3.") for note in report.notes)
     widths = {layer.format for layer in report.layers}
     assert len(widths) > 1
     numel = sum(layer.numel for layer in report.layers)

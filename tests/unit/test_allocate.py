@@ -209,8 +209,39 @@ def test_layer_choices_measures_a_stream() -> None:
     assert minded[1].candidates == measure(weights["b"], specs, hessians["b"], sensitivity=sensitivities["b"])
     whole = sensitivities["c"].mean().expand(8)
     assert minded[2].candidates == measure(weights["c"], specs, sensitivity=whole)
-    with pytest.raises(InputError, match="no sensitivity of c"):
-        layer_choices(weights.items(), specs, hessians, {"a": torch.rand(8), "b": torch.rand(8)})
+
+
+def test_layers_that_no_token_reached_are_not_free() -> None:
+    weights = {name: torch.randn(8, 64) for name in "abcde"} | {"other": torch.randn(16, 64)}
+    hessians = {name: torch.rand(64) for name in weights} | {"d": torch.zeros(64)}
+    minded = {name: n * torch.rand(8) for n, name in enumerate("abc", 1)} | {"other": 100 * torch.rand(16)}
+    minded |= {"d": torch.rand(8), "e": torch.zeros(8)}
+    specs = candidate_specs(["nf2", "nf3", "nf4"])
+    for unreached in ("d", "e", None):
+        if unreached is None:  # an embedding, say: nothing was measured
+            del minded["e"]
+            unreached = "e"
+        made = {c.name: c for c in layer_choices(weights.items(), specs, hessians, minded)}
+        assert [name for name, c in made.items() if c.estimated] == ["d", "e"]
+        assert made[unreached].candidates == measure(weights[unreached], specs)
+        rows = {name: (minded[name] / 2).sqrt()[:, None] * weights[name] for name in "abc"}
+        lost = sorted(energy(rows[name], hessians[name]) for name in "abc")
+        assert made[unreached].weight == pytest.approx(lost[1], rel=1e-5)  # of its shape, not of "other"
+    allocation = allocate(list(made.values()), 3.3)
+    assert allocation.specs["other"].format == "nf4"
+    assert all(allocation.specs[name].bits >= allocation.specs["a"].bits for name in "de")
+
+
+def test_zero_sensitivities_everywhere_leave_relative_errors() -> None:
+    weights = {name: torch.randn(8, 64) for name in "ab"}
+    specs = candidate_specs(["nf2", "nf3"])
+    made = layer_choices(weights.items(), specs, None, {"a": torch.zeros(8)})
+    assert made == layer_choices(weights.items(), specs)
+
+
+def test_a_layer_fed_with_zeros_is_measured_without_its_hessian() -> None:
+    weight, specs = torch.randn(8, 64), candidate_specs(["nf2", "nf3"])
+    assert measure(weight, specs, torch.zeros(64, 64)) == measure(weight, specs)
 
 
 def test_measure_takes_the_method_in_use() -> None:
