@@ -9,7 +9,7 @@ ever exists.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from quant.tensor import QuantizedTensor
 from .architecture import read_architecture
 from .base_weight import is_conv1d
 from .checkpoint import Checkpoint
+from .compute import set_compute
 from .errors import InputError
 from .hub import find_model
 from .partial_model import PartialModel
@@ -41,6 +42,7 @@ def from_pretrained(
     device: torch.device | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    compute: str = "same",
 ) -> Any:
     """A transformers model whose quantised weights are our layers.
 
@@ -51,6 +53,7 @@ def from_pretrained(
         device: Where to put the model; None: the CPU.
         revision: Of a hub model.
         trust_remote_code: Let Python files that come with the model run.
+        compute: "fp8": the products with quantised Linears in float8, see ``set_compute``.
 
     Returns:
         The model in eval mode, of the class that config.json names. Its quantised weights are frozen.
@@ -67,7 +70,9 @@ def from_pretrained(
         model = type(known._model).from_pretrained(folder, dtype=wanted, trust_remote_code=trust_remote_code)
     else:
         model = _quantised(folder, checkpoint, settings, wanted, trust_remote_code)
-    return model.eval() if device is None else model.eval().to(device)
+    model = model.eval() if device is None else model.eval().to(device)
+    set_compute(model, compute)
+    return model
 
 
 def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
@@ -76,9 +81,12 @@ def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else TORCH_DTYPES[checkpoint.float_dtype]
 
 
-def _quantised(
-    folder: Path, checkpoint: Checkpoint, settings: Any, dtype: torch.dtype, trust_remote_code: bool
-) -> Any:
+def check_quantised(folder: Path, settings: Any) -> None:
+    """Refuse a ``quantization_config`` that this cannot read.
+
+    Raises:
+        InputError: another method, or a later version.
+    """
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
     if method not in (NATIVE_METHOD, "bitsandbytes"):
         raise InputError(
@@ -88,18 +96,27 @@ def _quantised(
         raise InputError(
             f"{folder} has version {settings['version']} of the native format; known: {NATIVE_VERSION}"
         )
+
+
+def not_quantised(model: nn.Module, quantised: Collection[str]) -> list[str]:
+    """Names of the parameters and buffers of ``model`` but for the weights of the modules ``quantised``."""
+    names = [*model.state_dict(), *(name for name, _ in model.named_buffers())]
+    return [
+        name
+        for name in dict.fromkeys(names)
+        if name.rpartition(".")[0] not in quantised or name.rpartition(".")[2] != "weight"
+    ]
+
+
+def _quantised(
+    folder: Path, checkpoint: Checkpoint, settings: Any, dtype: torch.dtype, trust_remote_code: bool
+) -> Any:
+    check_quantised(folder, settings)
     partial = PartialModel(folder, dtype=dtype, trust_remote_code=trust_remote_code, quantised=True)
     model = partial.model
     modules = dict(model.named_modules())
-    read = _native if method == NATIVE_METHOD else _bitsandbytes
-    found = dict(read(checkpoint, settings, partial, modules))
-    state = set(model.state_dict())
-    left = [
-        name
-        for name in [*state, *(name for name, _ in model.named_buffers())]
-        if name.rpartition(".")[0] not in found or name.rpartition(".")[2] != "weight"
-    ]
-    partial.load(left)
+    found = {path: read() for path, read in stored_weights(checkpoint, settings, partial, modules)}
+    partial.load(not_quantised(model, found))
     specs: dict[str, QuantSpec] = {}
     for path, q in found.items():
         parent, _, leaf = path.rpartition(".")
@@ -107,12 +124,17 @@ def _quantised(
         setattr(model.get_submodule(parent), leaf, layer)
         specs[path] = q.spec
     model.config.quantization_config = native_config(specs)
+    read_generation_config(model, folder)
+    return model
+
+
+def read_generation_config(model: Any, folder: Path) -> None:
+    """Give ``model`` the generation_config.json of ``folder``, if there is one."""
     generation = folder / "generation_config.json"
     if generation.is_file() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
 
 
 def native_config(specs: Mapping[str, QuantSpec]) -> dict[str, Any]:
@@ -160,7 +182,25 @@ def shape_of(path: str, module: nn.Module | None) -> torch.Size:
     raise InputError(f"'{path}' is quantised in the checkpoint, but the model has {what} there")
 
 
-Found = Iterator[tuple[str, QuantizedTensor]]
+Found = Iterator[tuple[str, Callable[[], QuantizedTensor]]]
+
+
+def stored_weights(
+    checkpoint: Checkpoint, settings: Any, partial: PartialModel, modules: dict[str, nn.Module]
+) -> Found:
+    """The quantised weights of a checkpoint: module path in memory, and what reads the weight when called.
+
+    Args:
+        checkpoint: Quantised, see ``check_quantised``.
+        settings: Its quantization_config.
+        partial: The model of the checkpoint.
+        modules: The model's modules by path, as they are before any is replaced.
+
+    Raises:
+        InputError: here or at reading: a tensor that is missing, broken or of another shape.
+    """
+    native = settings.get("quant_method") == NATIVE_METHOD
+    return (_native if native else _bitsandbytes)(checkpoint, settings, partial, modules)
 
 
 def _native(
@@ -171,12 +211,16 @@ def _native(
     for stored, spec in specs.items():
         path = names[f"{stored}.weight"].removesuffix(".weight")
         shape = shape_of(path, modules.get(path))
-        entries = {name: checkpoint.tensors.get(f"{stored}.{name}") for name in TENSOR_NAMES}
-        tensors = [None if entry is None else entry.read() for entry in entries.values()]
-        try:
-            yield path, as_quantized(tensors, spec, shape, partial.dtype)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise InputError(f"{checkpoint.folder}: '{stored}' cannot be read: {error}") from error
+
+        def read(stored: str = stored, spec: QuantSpec = spec, shape: torch.Size = shape) -> QuantizedTensor:
+            entries = [checkpoint.tensors.get(f"{stored}.{name}") for name in TENSOR_NAMES]
+            tensors = [None if entry is None else entry.read() for entry in entries]
+            try:
+                return as_quantized(tensors, spec, shape, partial.dtype)
+            except (ValueError, TypeError, RuntimeError) as error:
+                raise InputError(f"{checkpoint.folder}: '{stored}' cannot be read: {error}") from error
+
+        yield path, read
 
 
 def _bitsandbytes(
@@ -192,25 +236,64 @@ def _bitsandbytes(
         if other != owner and owner in related:
             related[owner].append(other)
     for name in weights:
-        tensors = {other: checkpoint.tensors[other].read() for other in related[name]}
         path = names[name].removesuffix(".weight")
         shape = shape_of(path, modules.get(path))
-        try:
-            q = from_bnb(name, tensors, dtype=partial.dtype)
-        except ValueError as error:
-            raise InputError(f"{checkpoint.folder}: {error}") from error
-        if q.shape != shape:
-            raise InputError(
-                f"{checkpoint.folder}: {name} is {tuple(q.shape)}, the model expects {tuple(shape)}"
-            )
-        yield path, q
+
+        def read(name: str = name, shape: torch.Size = shape) -> QuantizedTensor:
+            tensors = {other: checkpoint.tensors[other].read() for other in related[name]}
+            try:
+                q = from_bnb(name, tensors, dtype=partial.dtype)
+            except ValueError as error:
+                raise InputError(f"{checkpoint.folder}: {error}") from error
+            if q.shape != shape:
+                raise InputError(
+                    f"{checkpoint.folder}: {name} is {tuple(q.shape)}, the model expects {tuple(shape)}"
+                )
+            return q
+
+        yield path, read
 
 
 def _layer(path: str, module: nn.Module, q: QuantizedTensor) -> nn.Module:
     """The quantised layer in place of ``module``, with its bias."""
     if isinstance(module, nn.Embedding):
-        scale = getattr(module, "embed_scale", None)
-        scale = float(scale) if isinstance(scale, (int, float, Tensor)) else None
-        return QuantEmbedding.from_quantized(q, padding_idx=module.padding_idx, embed_scale=scale)
+        return QuantEmbedding.from_quantized(
+            q, padding_idx=module.padding_idx, embed_scale=_embed_scale(module)
+        )
     bias = getattr(module, "bias", None)
     return QuantLinear.from_quantized(q, bias, conv1d=is_conv1d(module))
+
+
+def _embed_scale(module: nn.Embedding) -> float | None:
+    scale = getattr(module, "embed_scale", None)
+    return float(scale) if isinstance(scale, (int, float, Tensor)) else None
+
+
+def empty_layer(path: str, module: nn.Module | None, spec: QuantSpec, dtype: torch.dtype) -> nn.Module:
+    """The quantised layer that takes the place of ``module``, its tensors on the meta device.
+
+    Raises:
+        InputError: no module there, or one that holds no weight that could be quantised.
+    """
+    rows, columns = shape_of(path, module)
+    if isinstance(module, nn.Embedding):
+        layer: nn.Module = QuantEmbedding(
+            rows,
+            columns,
+            spec,
+            padding_idx=module.padding_idx,
+            weight_dtype=dtype,
+            embed_scale=_embed_scale(module),
+            device="meta",
+        )
+    else:
+        layer = QuantLinear(
+            columns,
+            rows,
+            spec,
+            bias=getattr(module, "bias", None) is not None,
+            weight_dtype=dtype,
+            conv1d=module is not None and is_conv1d(module),
+            device="meta",
+        )
+    return layer.requires_grad_(False)

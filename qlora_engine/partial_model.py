@@ -41,6 +41,8 @@ class PartialModel:
     Attributes:
         model: In eval mode; parameters on the meta device, buffers real.
         names: Tensor's module path on disk -> layer name in memory, where they differ.
+        homes: Modules that are looked up here before they are in ``model``, by the path as it was built:
+            for whoever wraps them before their weights are read.
 
     Raises:
         InputError: not a checkpoint, an unknown model, one that is quantised already, or a lacking tensor.
@@ -68,8 +70,14 @@ class PartialModel:
             self.model: Any = type(known._model)(known._model.config)
         self.model.eval()
         self.model.requires_grad_(False)
+        self.homes: dict[str, nn.Module] = {}
+        self._persistent = frozenset(self.model.state_dict())
         self._units = self._find_units()
         self.names = self._names_on_disk()
+
+    def _home(self, path: str) -> nn.Module:
+        found: nn.Module = self.homes[path] if path in self.homes else self.model.get_submodule(path)
+        return found
 
     def parameters_of(self, keys: Iterable[str]) -> dict[str, str]:
         """Names in memory of the parameters that tensors called so on disk become; others keep theirs."""
@@ -123,11 +131,12 @@ class PartialModel:
         """
         wanted = set(names)
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        persistent = set(self.model.state_dict())
+        persistent = self._persistent
         missing = []
         for name in sorted(wanted):
             if name not in persistent:
-                self._set(name, self.model.get_buffer(name).to(device))
+                holder, _, leaf = name.rpartition(".")
+                self._set(name, getattr(self._home(holder), leaf).to(device))
             elif name not in self._units and name not in tied:
                 missing.append(name)
         if missing:
@@ -144,11 +153,11 @@ class PartialModel:
 
     def _tie(self, name: str, source: str) -> None:
         holder, _, leaf = source.rpartition(".")
-        shared = getattr(self.model.get_submodule(holder), leaf)
+        shared = getattr(self._home(holder), leaf)
         if shared.is_meta:
             raise AssertionError(f"{name} is tied to {source}, which is not loaded")
         holder, _, leaf = name.rpartition(".")
-        setattr(self.model.get_submodule(holder), leaf, shared)
+        setattr(self._home(holder), leaf, shared)
 
     def _read(self, unit: _Unit) -> dict[str, Tensor]:
         entries = self._checkpoint.tensors
@@ -165,7 +174,7 @@ class PartialModel:
 
     def _set(self, name: str, tensor: Tensor) -> None:
         holder, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(holder)
+        module = self._home(holder)
         if leaf in module._buffers:
             module._buffers[leaf] = tensor
             return
@@ -179,8 +188,7 @@ class PartialModel:
         """Free parameters by name; buffers stay."""
         for name in names:
             holder, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(holder)
-            if module._parameters.get(leaf) is not None:
-                module._parameters[leaf] = nn.Parameter(
-                    module._parameters[leaf].to("meta"), requires_grad=False
-                )
+            module = self._home(holder)
+            held = module._parameters.get(leaf)
+            if held is not None:
+                module._parameters[leaf] = nn.Parameter(held.to("meta"), requires_grad=False)

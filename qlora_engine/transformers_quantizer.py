@@ -12,10 +12,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quant.linear import QuantEmbedding, QuantLinear
-
-from .base_weight import is_conv1d
-from .loading import NATIVE_METHOD, native_config, native_specs, shape_of
+from .loading import NATIVE_METHOD, empty_layer, native_config, native_specs
 
 
 class NativeConfig(QuantizationConfigMixin):
@@ -38,25 +35,8 @@ class NativeQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         modules = dict(model.named_modules())
         for path, spec in self.quantization_config.specs.items():
-            module = modules.get(path)
-            rows, columns = shape_of(path, module)
             parent, _, leaf = path.rpartition(".")
-            dtype = next(model.parameters()).dtype
-            if isinstance(module, nn.Embedding):
-                layer: nn.Module = QuantEmbedding(
-                    rows, columns, spec, padding_idx=module.padding_idx, weight_dtype=dtype, device="meta"
-                )
-            else:
-                layer = QuantLinear(
-                    columns,
-                    rows,
-                    spec,
-                    bias=getattr(module, "bias", None) is not None,
-                    weight_dtype=dtype,
-                    conv1d=module is not None and is_conv1d(module),
-                    device="meta",
-                )
-            layer.requires_grad_(False)
+            layer = empty_layer(path, modules.get(path), spec, next(model.parameters()).dtype)
             setattr(model.get_submodule(parent), leaf, layer)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TextIO
 import click
 from rich.console import Console
 
+from qlora_engine.distributed import lost_another, say_once
 from qlora_engine.errors import InputError, did_you_mean
 
 INTERRUPTED = 130  # as a shell reports SIGINT
@@ -34,8 +35,9 @@ def describe_os_error(error: OSError) -> str:
 
 
 def fail(program: str, message: object) -> NoReturn:
-    """Print one line to stderr and exit with status 2."""
-    print(f"{program}: error: {one_line(message)}", file=sys.stderr)
+    """Print one line to stderr (one process of torchrun's does) and exit with status 2."""
+    line = f"{program}: error: {one_line(message)}"
+    say_once(lambda: print(line, file=sys.stderr, flush=True))
     raise SystemExit(2)
 
 
@@ -48,7 +50,8 @@ def run_command(
 ) -> NoReturn:
     """Run a click command as a process: 0 done, 2 the user's input or the disk, 130 interrupted.
 
-    Any other exception is a bug in this program and keeps its traceback.
+    Any other exception is a bug in this program and keeps its traceback. Of several processes that torchrun
+    started, one prints the line.
 
     Args:
         program: Its name, in messages.
@@ -69,6 +72,10 @@ def run_command(
     except (KeyboardInterrupt, click.Abort):
         print(f"{program}: interrupted{hint()}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    except BaseException as error:
+        if not lost_another(error):
+            raise
+        fail(program, f"another process of this run has ended{hint()}")
     raise SystemExit(status if isinstance(status, int) else 0)
 
 
@@ -197,9 +204,17 @@ def _parser(path: Path) -> Callable[[str], Any]:
     if ending in (".yaml", ".yml"):
         import yaml
 
+        class Loader(yaml.SafeLoader):
+            """Without aliases: a few lines of them stand for billions of values."""
+
+            def compose_node(self, parent: Any, index: Any) -> Any:
+                if self.check_event(yaml.AliasEvent):
+                    raise yaml.YAMLError("aliases (*name) are not accepted")
+                return super().compose_node(parent, index)
+
         def load(text: str) -> Any:
             try:
-                return yaml.safe_load(text)
+                return yaml.load(text, Loader)  # noqa: S506 - it is a SafeLoader
             except yaml.YAMLError as error:
                 raise ValueError(one_line(error)) from error
 

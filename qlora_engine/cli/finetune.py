@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
+from qlora_engine import distributed
 from qlora_engine.cli import common
 from qlora_engine.errors import InputError
 from qlora_engine.files import Lock
@@ -62,12 +64,16 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
         (("--early-stopping",), {**whole, "default": 0, "help": "Evaluations without gain until it ends."}),
         (("--keep",), {**whole, "default": 2, "help": "Checkpoints kept. [2]"}),
         (("--recompute",), {**text, "default": "auto", "help": "auto, none, full, or a count of layers."}),
+        (("--offload",), {**text, "help": "Kept on the host: embedding, activations (inputs of recomputed "
+                          "layers), or both with a comma. [none]"}),
+        (("--shard",), {**flag, "help": "Under torchrun: spread the model over the GPUs (FSDP2), not a copy "
+                        "on each."}),
         (("--memory-limit",), {**real, "help": "GiB that a step may take. [the GPU's]"}),
         (("--estimate",), {**flag, "help": "Show the memory plan, train nothing."}),
         (("--bits",), {**whole, "default": 4, "help": "For a dense MODEL, quantised on the fly. [4]"}),
         (("--rank",), {**whole, "default": 16, "help": "Of a new adapter. [16]"}),
         (("--alpha",), {**real, "help": "lora_alpha of a new adapter. [the rank]"}),
-        (("--dropout",), {**real, "default": 0.0, "help": "Of a new adapter. [0]"}),
+        (("--dropout",), {**real, "help": "Of the adapter's input in training. [the adapter's own; 0]"}),
         (("--target-modules",), {"multiple": True, "default": ("all-linear",), "metavar": "NAMES|REGEX",
                                  "help": "Of a new adapter. [all-linear]"}),
         (("--seed",), {**whole, "default": 0, "help": "Of everything random. [0]"}),
@@ -117,7 +123,7 @@ def _alone(output: Path) -> Iterator[None]:
     Raises:
         InputError: another run is writing there.
     """
-    if int(os.environ.get("RANK", "0")):
+    if not distributed.world().is_main:
         yield
         return
     target = Path(os.path.realpath(output))
@@ -129,50 +135,62 @@ def _alone(output: Path) -> Iterator[None]:
         lock.release(remove=True)
 
 
-def _run(model_name: str, options: dict[str, Any], settings: Any) -> None:
-    output = settings.output
+def _check_output(output: Path, options: dict[str, Any]) -> None:
     # A run that was cut off before its settings were written has left nothing to go on from.
     started = any((output / name).exists() for name in ("checkpoints/settings.json", "adapter_config.json"))
     if started and not (options["resume"] or options["overwrite"] or options["estimate"]):
         raise InputError(f"{output} holds a run already; --resume goes on with it, --overwrite begins anew")
+
+
+def _run(model_name: str, options: dict[str, Any], settings: Any) -> None:
+    output = settings.output
+    if settings.shard and distributed.world().size == 1:
+        raise InputError("--shard spreads the model over several processes: start it with torchrun")
+    distributed.join(_device(options["device"]).type)
+    distributed.from_main(lambda: _check_output(output, options))
     from qlora_engine.training import run as training
 
-    show = _Display(quiet=options["quiet"], as_json=options["as_json"])
-    model, tokenizer = load(model_name, options)
-    if options["estimate"]:
-        from qlora_engine.training import recompute
+    is_main = distributed.world().is_main
+    show = _Display(quiet=options["quiet"] or not is_main, as_json=options["as_json"])
+    if not is_main:
+        _be_quiet()
+    with _base(model_name, options, output, show) as (folder, adapter):
+        model, tokenizer = load(folder, adapter, options)
+        if options["estimate"]:
+            show.plan(training.memory_plan(model, settings))
+            return
+        if options["overwrite"] and is_main:
+            import shutil
 
-        limit = None if settings.memory_limit is None else int(settings.memory_limit * 2**30)
-        plan = recompute.plan(
-            model,
-            batch_size=settings.batch_size,
-            length=settings.max_length,
-            recompute=settings.recompute,
-            available=limit,
-        )
-        show.plan(plan)
-        return
-    if options["overwrite"]:
-        import shutil
+            shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        try:
+            outcome = training.finetune(
+                model,
+                tokenizer,
+                settings,
+                resume=options["resume"],
+                report=show.log,
+                show_plan=show.plan,
+            )
+        except Exception as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            what = str(error).splitlines()[0] if str(error) else "out of memory"
+            raise InputError(
+                f"out of GPU memory: {what} What helps, the cheapest first: "
+                f"{training.when_out_of_memory(settings)}"
+            ) from error
+        show.outcome(outcome, output, str(folder))
 
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    try:
-        outcome = training.finetune(
-            model,
-            tokenizer,
-            settings,
-            resume=options["resume"],
-            report=show.log,
-            show_plan=show.plan,
-        )
-    except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        raise InputError(
-            f"out of GPU memory: {str(error).splitlines()[0]}; lower --batch-size or --max-length, or "
-            "use --recompute full"
-        ) from error
-    show.outcome(outcome, output, model_name)
+
+def _be_quiet() -> None:
+    """What libraries have to say, one process says."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
 
 
 def settings_of(options: dict[str, Any]) -> Any:
@@ -189,57 +207,141 @@ def settings_of(options: dict[str, Any]) -> Any:
     return Settings(**values)
 
 
-def load(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    """The model with the adapter to train, and its tokenizer.
+@contextmanager
+def _base(
+    name: str, options: dict[str, Any], output: Path, show: _Display
+) -> Iterator[tuple[Path, Path | None]]:
+    """The folder of a quantised base and that of the adapter to go on from, None for a new one.
+
+    A dense model is quantised by loftq-init's own code into OUTPUT/base (for --estimate, which leaves nothing
+    behind, into a temporary folder), so that what was trained can be loaded, merged and resumed.
 
     Raises:
-        InputError: no such model, adapter or device.
+        InputError: no such model or adapter.
+    """
+    from qlora_engine.checkpoint import Checkpoint
+    from qlora_engine.hub import find_adapter, find_model
+
+    folder = find_model(name, code=options["trust_remote_code"])
+    adapter = None if options["adapter"] is None else find_adapter(options["adapter"])
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise InputError(f"--adapter {adapter}: no adapter_config.json in it")
+    solved = folder / "loftq_init"
+    if adapter is None and (solved / "adapter_config.json").is_file():
+        adapter = solved
+    if adapter is not None or Checkpoint.open(folder).config.get("quantization_config") is not None:
+        yield folder, adapter
+    elif options["estimate"]:
+        with tempfile.TemporaryDirectory() as temporary:
+            base = Path(distributed.from_main(lambda: temporary)) / "base"
+            _quantise(folder, base, options, show, method="qlora")
+            yield base, base / "loftq_init"
+            distributed.barrier()
+    else:
+        base = output / "base"
+        _quantise(folder, base, options, show, method="loftq")
+        yield base, base / "loftq_init"
+
+
+def _quantise(folder: Path, base: Path, options: dict[str, Any], show: _Display, *, method: str) -> None:
+    """What ``loftq-init folder base`` does; a base that this has made is used again."""
+    from qlora_engine import pipeline
+    from qlora_engine.architecture import read_architecture
+    from qlora_engine.checkpoint import Checkpoint
+    from qlora_engine.options import FORMAT_OF_BITS, InitOptions
+    from qlora_engine.plan import make_plan
+
+    if options["bits"] not in FORMAT_OF_BITS:
+        raise InputError(f"--bits {options['bits']}; allowed: {', '.join(map(str, FORMAT_OF_BITS))}")
+    chosen = InitOptions(
+        method=method,
+        format=FORMAT_OF_BITS[options["bits"]],
+        rank=options["rank"],
+        alpha=options["alpha"],
+        target_modules=common.parse_targets("--target-modules", options["target_modules"]),
+        seed=options["seed"],
+        trust_remote_code=options["trust_remote_code"],
+    )
+    checkpoint = Checkpoint.open(folder)
+    architecture = read_architecture(
+        folder, checkpoint.config, trust_remote_code=options["trust_remote_code"]
+    )
+    plan = make_plan(checkpoint, architecture, chosen)
+    show.say(f"quantising {folder} to {options['bits']} bits: {base}")
+    anew = options["overwrite"]
+    device = _device(options["device"])
+    pipeline.run(plan, base, device=device, model=str(folder), overwrite=anew, resume=not anew)
+
+
+def load(folder: Path, adapter: Path | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The model with the adapter to train, on its device (or sharded), and its tokenizer.
+
+    Args:
+        folder: A quantised base, or a dense one that an adapter belongs to.
+        adapter: To go on from; None: a new one.
+        options: The command's.
+
+    Raises:
+        InputError: no such device, or a model that cannot be sharded.
     """
     import torch
     from transformers import AutoTokenizer
 
-    from qlora_engine import LoftQConfig, LoraConfig, PeftModel, get_peft_model
-    from qlora_engine.hub import find_model
+    from qlora_engine import LoraConfig, PeftModel, get_peft_model
     from qlora_engine.loading import from_pretrained
+    from qlora_engine.training import host
     from qlora_engine.training.run import precision_of
+    from qlora_engine.training.sharding import load_sharded
 
     device = _device(options["device"])
     precision = precision_of(options["precision"], device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     trust = options["trust_remote_code"]
-    folder = find_model(name, code=trust)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    adapter = None if options["adapter"] is None else Path(options["adapter"])
-    if adapter is None and (folder / "loftq_init" / "adapter_config.json").is_file():
-        adapter = folder / "loftq_init"
-    if adapter is not None and not (adapter / "adapter_config.json").is_file():
-        raise InputError(f"--adapter {adapter}: no adapter_config.json in it")
-    base = from_pretrained(folder, dtype=dtype, trust_remote_code=trust)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{folder} has no tokenizer that can be read: {line}") from error
     if adapter is not None:
-        return PeftModel.from_pretrained(base.to(device), str(adapter), is_trainable=True), tokenizer
-    quantised = getattr(base.config, "quantization_config", None) is not None
-    rank = options["rank"]
-    start: dict[str, Any] = {}
-    if not quantised:
-        bits = LoftQConfig(loftq_bits=options["bits"], loftq_iter=5)
-        start = {"init_lora_weights": "loftq", "loftq_config": bits}
-    targets = common.parse_targets("--target-modules", options["target_modules"])
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank if options["alpha"] is None else options["alpha"],
-        lora_dropout=options["dropout"],
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        task_type="CAUSAL_LM",
-        **start,
-    )
-    return get_peft_model(base, config).to(device), tokenizer
+        config = LoraConfig.from_pretrained(str(adapter))
+        config.inference_mode = False
+    else:
+        targets = common.parse_targets("--target-modules", options["target_modules"])
+        config = LoraConfig(
+            r=options["rank"],
+            lora_alpha=options["rank"] if options["alpha"] is None else options["alpha"],
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=str(folder),
+        )
+    if options["dropout"] is not None:
+        config.lora_dropout = options["dropout"]
+    torch.manual_seed(options["seed"])
+    if options["shard"]:
+        model = load_sharded(
+            folder,
+            config,
+            adapter,
+            dtype=dtype,
+            device=device,
+            seed=options["seed"],
+            trust_remote_code=trust,
+        )
+        return model, tokenizer
+    base = from_pretrained(folder, dtype=dtype, trust_remote_code=trust)
+    if "embedding" in host.parse_offload(options["offload"]):
+        host.embedding_to_host(base)  # before anything is on the GPU
+    if adapter is None:
+        return get_peft_model(base.to(device), config), tokenizer
+    model = PeftModel.from_pretrained(base.to(device), str(adapter), is_trainable=True, config=config)
+    return model, tokenizer
 
 
 def _device(name: str) -> Any:
     import torch
 
     if name == "auto":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        local = distributed.world().local_rank
         return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
@@ -247,6 +349,8 @@ def _device(name: str) -> Any:
         raise InputError(f"--device {name!r}; allowed: auto, cpu, cuda, cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: no CUDA GPU is visible")
+    if device.type == "cuda" and distributed.world().size > 1:
+        return torch.device("cuda", distributed.world().local_rank)
     return device
 
 
@@ -258,6 +362,10 @@ class _Display:
         self.silent = quiet
         self.console = common.console(sys.stderr, quiet=quiet or as_json)
         self.began = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        self.console.print(text, markup=False)
 
     def _emit(self, kind: str, values: dict[str, Any]) -> None:
         if self.as_json and not self.silent:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from qlora_engine.errors import InputError
+from qlora_engine.texts import why_no_text
 
 IGNORED = -100  # a label that cross entropy passes over
 SUFFIXES = (".jsonl", ".txt")
@@ -82,6 +83,8 @@ class RowEncoder:
     def _tokens(self, text: Any, field: str, *, special: bool = False) -> list[int]:
         if not isinstance(text, str):
             raise ValueError(f"'{field}' is {type(text).__name__}, not a string")
+        if reason := why_no_text(text):
+            raise ValueError(f"'{field}': {reason}")
         ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         end = self.tokenizer.eos_token_id
         return ids[:-1] if special and ids and ids[-1] == end else ids
@@ -97,6 +100,10 @@ class RowEncoder:
         )
         if not well_formed or not messages:
             raise ValueError("'messages' must be a list of objects with the strings 'role' and 'content'")
+        for message in messages:
+            for field in ("role", "content"):
+                if reason := why_no_text(message[field]):
+                    raise ValueError(f"'{field}': {reason}")
         if self.tokenizer.chat_template is None:
             raise ValueError("'messages' need a tokenizer with a chat template; use prompt and completion")
         ids: list[int] = self._template(messages)

@@ -36,7 +36,7 @@ class MemoryPlan:
         activations: What the layers keep for backward, recomputed ones their input only, and one layer's
             worth while it is computed again.
         loss: Logits of one chunk, and the hidden states' gradient.
-        workspace: The largest weight, decoded.
+        workspace: The largest weight, decoded; of a sharded model also two layers put together.
         per_layer: Kept by one layer that is not recomputed.
         available: The budget; 0 where there is none.
     """
@@ -80,6 +80,13 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; another tensor itself."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that transformers can checkpoint, in order; empty where the model has none."""
     return [
@@ -111,6 +118,7 @@ def plan(
     recompute: str | int = "auto",
     available: int | None = None,
     optimizer_bytes: int = 8,
+    inputs_on_host: bool = False,
 ) -> MemoryPlan:
     """Measure the model and choose.
 
@@ -121,6 +129,7 @@ def plan(
         recompute: "none", "full", a number of layers, or "auto": as few as ``available`` allows.
         available: Bytes; None: the device's.
         optimizer_bytes: Of optimizer state a trained parameter; 8: AdamW in float32.
+        inputs_on_host: Recomputed layers keep their input in the host's memory.
 
     Raises:
         InputError: recompute is none of these, or "auto" finds that nothing fits.
@@ -130,14 +139,19 @@ def plan(
     available = available_memory(device) if available is None else available
     tokens = batch_size * length
     kept, passed_on = _measure(model, layers, min(length, _PROBE_TOKENS)) if layers else (0.0, 0.0)
-    frozen = sum(t.nbytes for t in [*model.parameters(), *model.buffers()] if not t.requires_grad)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = sum(local(t).nbytes for t in [*model.parameters(), *model.buffers()] if not t.requires_grad)
+    trained = [local(p) for p in model.parameters() if p.requires_grad]
     adapter = sum(2 * p.nbytes + optimizer_bytes * p.numel() for p in trained)
     text = unwrapped(model).config.get_text_config()
     vocabulary, hidden = getattr(text, "vocab_size", 0), getattr(text, "hidden_size", 0)
     loss = 3 * 4 * min(tokens, CHUNK_ROWS) * vocabulary + int(2 * tokens * hidden * 4)
     decoded = [m.shape.numel() * 4 for m in model.modules() if isinstance(m, QuantizedModule)]
     workspace = max(decoded, default=0) // (1 if device.type == "cpu" else 2)
+    if _is_sharded(model):  # one layer computes while the next one is gathered
+        workspace += 2 * max(
+            (sum(p.numel() * p.element_size() for p in ly.parameters()) for ly in layers), default=0
+        )
+    passed_on = 0.0 if inputs_on_host else passed_on
 
     def with_recomputed(count: int) -> MemoryPlan:
         activations = tokens * (kept * (len(layers) - count) + passed_on * count + kept * (count > 0))
@@ -190,10 +204,14 @@ def apply(model: nn.Module, recomputed: int) -> None:
         layer.gradient_checkpointing = index >= len(layers) - recomputed  # type: ignore[assignment]
 
 
+def _is_sharded(model: nn.Module) -> bool:
+    return any(local(parameter) is not parameter for parameter in model.parameters())
+
+
 def _measure(model: nn.Module, layers: list[nn.Module], tokens: int) -> tuple[float, float]:
     """Bytes a token that a decoder layer keeps for backward, and that its input takes; means over the
     layers."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    own = {local(t).untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     sizes: list[int] = []
     inputs: list[int] = []
     stack: list[ExitStack] = []
@@ -204,7 +222,7 @@ def _measure(model: nn.Module, layers: list[nn.Module], tokens: int) -> tuple[fl
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
+            if storage.data_ptr() not in own and tensor.dtype != torch.uint8:  # gathered codes are not kept
                 seen[storage.data_ptr()] = storage.nbytes()
             return tensor
 
@@ -237,7 +255,11 @@ def _measure(model: nn.Module, layers: list[nn.Module], tokens: int) -> tuple[fl
     )
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            backbone(input_ids=ids, use_cache=False)
+            if _is_sharded(model):  # the whole step, so that FSDP's own bookkeeping ends where it began
+                base(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                model.zero_grad(set_to_none=True)
+            else:
+                backbone(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

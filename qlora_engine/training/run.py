@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
@@ -14,12 +15,16 @@ import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
+from qlora_engine import distributed
 from qlora_engine.errors import InputError
 from qlora_engine.files import sync_folder, write_json
 
 from . import recompute
 from .data import Collator, RowEncoder, Rows, Sequences, pack, split
+from .host import activations_to_host, embedding_to_host, parse_offload
 from .loss import use_chunked_loss
+from .optimizers import check_optimizer, state_bytes
+from .sharding import adapter_weights, is_sharded, save_adapter
 from .trainer import AdapterTrainer, latest_checkpoint
 
 SETTINGS_FILE = "settings.json"
@@ -57,6 +62,8 @@ class Settings:
         keep: Checkpoints kept.
         seed: Of everything random.
         recompute: See ``recompute.plan``.
+        offload: What waits on the host, see ``host.parse_offload``; None: nothing.
+        shard: Spread the model over the processes (FSDP2) instead of giving each a copy (DDP).
         memory_limit: GiB that a step may take; None: the device's.
         skip_bad_rows: Pass over rows that cannot be used.
         tensorboard: Write event files too.
@@ -89,6 +96,8 @@ class Settings:
     keep: int = 2
     seed: int = 0
     recompute: str = "auto"
+    offload: str | None = None
+    shard: bool = False
     memory_limit: float | None = None
     skip_bad_rows: bool = False
     tensorboard: bool = False
@@ -124,6 +133,13 @@ class Settings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}={getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        if parse_offload(self.offload) and self.shard:
+            raise InputError("offload is for one GPU or copies (DDP); with --shard leave it out")
+        check_optimizer(self.optimizer, sharded=self.shard)
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise InputError(
+                "--tensorboard needs tensorboard, which is not installed (pip install tensorboard)"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able, for the check that a resumed run is the same run."""
@@ -256,24 +272,23 @@ def finetune(
     """
     device = next(model.parameters()).device
     precision = precision_of(settings.precision, device)
+    if is_sharded(model) and precision == "fp16":
+        raise InputError("--shard cannot train in fp16; use --precision bf16 or fp32")
+    offload = parse_offload(settings.offload)
     set_seed(settings.seed)
     train, validation, collator, notes = prepare(model, tokenizer, settings, progress)
     if not use_chunked_loss(model):
         notes.append("this model's head does not allow the chunked loss: full logits are computed")
-    limit = None if settings.memory_limit is None else int(settings.memory_limit * 2**30)
-    memory = recompute.plan(
-        model,
-        batch_size=settings.batch_size,
-        length=settings.max_length,
-        recompute=settings.recompute,
-        available=limit,
-        optimizer_bytes=2 if "8bit" in settings.optimizer else 8,
-    )
+    if "embedding" in offload:
+        embedding_to_host(model)
+    memory = memory_plan(model, settings)
     if show_plan is not None:
         show_plan(memory)
     recompute.apply(model, memory.recomputed)
     if memory.recomputed:
         recompute.unwrapped(model).enable_input_require_grads()
+        if "activations" in offload:
+            activations_to_host(model)
     if device.type == "cuda":
         from qlora_engine import fused_blocks
 
@@ -281,7 +296,7 @@ def finetune(
         torch.cuda.reset_peak_memory_stats()
     output = settings.output
     checkpoints = output / "checkpoints"
-    checkpoint = _checkpoint(output, checkpoints, settings, resume)
+    checkpoint = distributed.from_main(lambda: _checkpoint(output, checkpoints, settings, resume))
     strategy = {True: "steps", False: "epoch"}
     evaluates = validation is not None
     arguments = TrainingArguments(
@@ -318,6 +333,8 @@ def finetune(
         prediction_loss_only=True,
         dataloader_pin_memory=device.type == "cuda",
         include_num_input_tokens_seen="no",
+        # an expert that no token of a batch reached has no gradient
+        ddp_find_unused_parameters=any("experts" in name for name, _ in model.named_modules()),
     )
     callbacks: list[Any] = [] if report is None else [_Reporter(report)]
     if settings.early_stopping:
@@ -338,17 +355,48 @@ def finetune(
     trainer.remove_callback(PrinterCallback)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     outcome = _outcome(trainer, result, notes)
-    if settings.sample is not None:
+    is_main = distributed.world().is_main
+    weights = adapter_weights(model) if is_sharded(model) else None
+    if settings.sample is not None and (is_main or weights is not None):
         outcome.sample = complete(model, tokenizer, settings.sample)
-    if trainer.is_world_process_zero():
-        _write(output, model, outcome, memory)
+    if is_main:
+        _write(output, model, outcome, memory, weights)
+    distributed.barrier()
     return outcome
+
+
+def memory_plan(model: Any, settings: Settings) -> recompute.MemoryPlan:
+    """The plan of a run with these settings, see ``recompute.plan``."""
+    return recompute.plan(
+        model,
+        batch_size=settings.batch_size,
+        length=settings.max_length,
+        recompute=settings.recompute,
+        available=None if settings.memory_limit is None else int(settings.memory_limit * 2**30),
+        optimizer_bytes=state_bytes(settings.optimizer),
+        inputs_on_host="activations" in parse_offload(settings.offload),
+    )
+
+
+def when_out_of_memory(settings: Settings) -> str:
+    """What to change, the cheapest first."""
+    offload = parse_offload(settings.offload)
+    ways = [
+        (settings.recompute != "full", "--recompute full"),
+        ("activations" not in offload and not settings.shard, "--offload activations"),
+        ("embedding" not in offload and not settings.shard, "--offload embedding"),
+        (state_bytes(settings.optimizer) > 4 and not settings.shard, "--optimizer paged_adamw_8bit"),
+        (settings.batch_size > 1, f"--batch-size {max(1, settings.batch_size // 2)} with --accumulate"),
+        (True, f"a --max-length below {settings.max_length}"),
+        (not settings.shard, "several GPUs: torchrun with --shard"),
+    ]
+    return ", ".join(text for possible, text in ways if possible)
 
 
 def _checkpoint(output: Path, checkpoints: Path, settings: Settings, resume: bool) -> Path | None:
     """Where to go on, after a look at whether this is the same run; writes the settings of a new one."""
     stored = checkpoints / SETTINGS_FILE
-    now = settings.to_json()
+    now = settings.to_json() | {"processes": distributed.world().size}
     if resume:
         if not stored.is_file():
             raise InputError(f"nothing to resume in {output}: no {stored.name}")
@@ -377,7 +425,7 @@ def _outcome(trainer: Any, result: Any, notes: list[str]) -> Outcome:
             if "eval_loss" in log
         ],
         seconds=seconds,
-        tokens_per_second=trainer.tokens / seconds if seconds else 0.0,
+        tokens_per_second=distributed.total(trainer.tokens) / seconds if seconds else 0.0,
         peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         notes=notes,
     )
@@ -395,11 +443,17 @@ def complete(model: Any, tokenizer: Any, prompt: str, tokens: int = 64) -> str:
     return str(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def _write(output: Path, model: nn.Module, outcome: Outcome, memory: recompute.MemoryPlan) -> None:
+def _write(
+    output: Path,
+    model: nn.Module,
+    outcome: Outcome,
+    memory: recompute.MemoryPlan,
+    weights: dict[str, torch.Tensor] | None,
+) -> None:
     """The adapter under a temporary name first, then in place; then logs, a plot; the checkpoints last go."""
     unfinished = output / ".adapter.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)  # type: ignore[operator]
+    save_adapter(model, unfinished, weights)
     for path in sorted(unfinished.iterdir()):
         path.replace(output / path.name)
     unfinished.rmdir()

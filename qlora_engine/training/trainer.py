@@ -13,9 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from qlora_engine.adapter_state import load_peft_weights, set_peft_model_state_dict
+from qlora_engine.distributed import barrier, total, world
 from qlora_engine.files import sync_file, write_json
+
+from .data import IGNORED
+from .sharding import (
+    adapter_weights,
+    is_sharded,
+    load_optimizer_state,
+    optimizer_state,
+    put_adapter,
+    save_adapter,
+    whole,
+)
 
 COMPLETE = "complete.json"  # written last: a checkpoint folder without it was cut off
 
@@ -63,17 +76,32 @@ def remove_old_checkpoints(folder: Path, keep: int, spare: Sequence[str] = ()) -
 class AdapterTrainer(Trainer):
     """Saves and restores the adapter alone, and marks a checkpoint when all of it is on disk.
 
+    A model that is sharded already is taken as it is: Trainer's libraries would wrap it once more, and know
+    no sharding on CPUs. Its checkpoints hold whole tensors, so that they do not depend on the number of
+    processes.
+
     Args:
         lora_plus_ratio: Learning rate of B over that of A (Hayou et al. 2024, arXiv:2402.12354); None: 1.
         kwargs: Trainer's.
     """
 
-    optimizer: torch.optim.Optimizer | None
+    optimizer: Any
 
     def __init__(self, *, lora_plus_ratio: float | None = None, **kwargs: Any) -> None:
+        self.sharded = is_sharded(kwargs["model"])
         super().__init__(**kwargs)
         self.lora_plus_ratio = lora_plus_ratio
         self.tokens = 0  # of this session's forwards, padding of unpacked rows not counted
+        self._gathered: dict[str, torch.Tensor] | None = None
+        if self.sharded:
+            accelerator: Any = self.accelerator
+            prepare, clip = accelerator.prepare_model, accelerator.clip_grad_norm_
+
+            def prepare_model(model: nn.Module, **options: Any) -> Any:
+                return prepare(model, **{**options, "device_placement": False, "evaluation_mode": True})
+
+            accelerator.prepare_model = prepare_model
+            accelerator.clip_grad_norm_ = lambda *args, **options: whole(clip(*args, **options))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Trainer's, with the tokens counted."""
@@ -97,10 +125,42 @@ class AdapterTrainer(Trainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
 
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """The loss a token over the whole set, whatever its batches and however many processes share them.
+
+        (Trainer's is the mean over batches, in which a short row counts as much as a long one, and it
+        repeats rows to give every process as many.)
+        """
+        data, size = dataloader.dataset, self.args.per_device_eval_batch_size
+        here = world()
+        model: Any = self.model_wrapped
+        model.eval()
+        loss, tokens = 0.0, 0
+        for first in range(0, len(data), size * here.size):
+            start = first + size * here.rank
+            mine = range(start, min(start + size, len(data)))
+            # a process without rows keeps the others company: a sharded model needs all of them
+            rows = [data[i] for i in mine or range(1)]
+            inputs = self._prepare_inputs(self.data_collator(rows))
+            with self.compute_loss_context_manager():
+                mean = model(**inputs).loss
+            if mine:
+                count = int((inputs["labels"] != IGNORED).sum())
+                loss, tokens = loss + float(mean) * count, tokens + count
+        loss, tokens = total(loss), int(total(tokens))
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss / max(tokens, 1)}, len(data))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self.model.save_pretrained(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            save_adapter(self.model, folder, self._gathered)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # All processes gather here: whether they all get to _save differs between releases of Trainer.
+        self._gathered = adapter_weights(self.model) if self.sharded else None
         # Trainer removes old checkpoints last of all; here the new one must have its mark before that.
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -108,7 +168,8 @@ class AdapterTrainer(Trainer):
         except RuntimeError as error:
             raise _write_error(error, Path(self.args.output_dir)) from error
         finally:
-            self.args.save_total_limit = keep
+            self.args.save_total_limit, self._gathered = keep, None
+        barrier()  # every process has written its random state
         if self.args.should_save:
             folder = Path(self.args.output_dir)
             newest = folder / f"checkpoint-{self.state.global_step}"
@@ -119,9 +180,41 @@ class AdapterTrainer(Trainer):
                 best = self.state.best_model_checkpoint
                 remove_old_checkpoints(folder, keep, () if best is None else (Path(best).name,))
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer, state = self.optimizer, optimizer_state(self.optimizer)
+        self.optimizer = _States(lambda: state)
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            self.optimizer = optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
+        if not self.sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer = self.optimizer
+        self.optimizer = _States(None, lambda state: load_optimizer_state(optimizer, state))
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        finally:
+            self.optimizer = optimizer
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         weights = load_peft_weights(resume_from_checkpoint, device="cpu")
-        set_peft_model_state_dict(model or self.model, weights)
+        if self.sharded:
+            put_adapter(self.model, weights)
+        else:
+            set_peft_model_state_dict(self.model, weights)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class _States:
+    """Stands for an optimizer while Trainer writes or reads its state."""
+
+    def __init__(self, state_dict: Any, load_state_dict: Any = None) -> None:
+        self.state_dict, self.load_state_dict = state_dict, load_state_dict

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from .command import ROOT
-from .command import invoke as loftq_init
 
 STEPS = (
     "--max-steps",
@@ -42,42 +41,17 @@ def invoke(*arguments: Any) -> tuple[int, str, str]:
     return int(ended.value.code or 0), out.getvalue(), err.getvalue()
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = [{"prompt": f"{i} plus one is", "completion": f" {i + 1}."} for i in range(60)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def dense(make_checkpoint: Any, make_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import shutil
-
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    shutil.copytree(make_checkpoint("llama"), folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("base") / "out"
-    assert loftq_init(dense, out, "--bits", 4, "--rank", 4, "--quiet").code == 0
-    return out
-
-
 def losses(output: Path) -> list[list[float]]:
     return json.loads((output / "training_log.json").read_text())["losses"]
 
 
-def test_a_run(base: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run(quantised: Path, rows: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     output = tmp_path / "adapter"
     options = (*STEPS, "--learning-rate", "0.02", "--sample", "3 plus one is", "--lora-plus", "2")
-    status, out, err = invoke(base, "--data", data, "--output", output, *options)
+    status, out, err = invoke(quantised, "--data", rows, "--output", output, *options)
     assert status == 0, err
     assert out == ""
     assert "validation loss" in err
@@ -88,19 +62,19 @@ def test_a_run(base: Path, data: Path, tmp_path: Path) -> None:
     files = {path.name for path in output.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "training_log.json", "loss.png"} <= files
     # PEFT reads what was trained
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(output))
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(quantised), str(output))
 
 
-def test_killed_and_resumed_gives_the_same_curve(base: Path, data: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_gives_the_same_curve(quantised: Path, rows: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert invoke(base, "--data", data, "--output", whole, *STEPS)[0] == 0
+    assert invoke(quantised, "--data", rows, "--output", whole, *STEPS)[0] == 0
     command = [
         sys.executable,
         "-m",
         "qlora_engine.cli.finetune",
-        base,
+        quantised,
         "--data",
-        data,
+        rows,
         "--output",
         cut,
         *STEPS,
@@ -118,23 +92,23 @@ def test_killed_and_resumed_gives_the_same_curve(base: Path, data: Path, tmp_pat
     assert not (cut / "adapter_config.json").exists() or (cut / "training_log.json").exists()
     # what a kill within a checkpoint leaves is not trusted
     (cut / "checkpoints" / "checkpoint-999").mkdir()
-    refused = invoke(base, "--data", data, "--output", cut, *STEPS)
+    refused = invoke(quantised, "--data", rows, "--output", cut, *STEPS)
     assert refused[0] == 2
     assert "--resume goes on" in refused[2]
-    status, _, err = invoke(base, "--data", data, "--output", cut, *STEPS, "--resume")
+    status, _, err = invoke(quantised, "--data", rows, "--output", cut, *STEPS, "--resume")
     assert status == 0, err
     assert losses(cut) == losses(whole)
     weights = [(path / "adapter_model.safetensors").read_bytes() for path in (cut, whole)]
     assert weights[0] == weights[1]
-    other = invoke(base, "--data", data, "--output", cut, *STEPS, "--resume", "--learning-rate", "1")
+    other = invoke(quantised, "--data", rows, "--output", cut, *STEPS, "--resume", "--learning-rate", "1")
     assert other[0] == 2
     assert "learning_rate was 0.0002, is 1.0" in other[2]
 
 
-def test_a_dense_model_is_quantised_on_the_fly(dense: Path, data: Path, tmp_path: Path) -> None:
+def test_a_dense_model_is_quantised_on_the_fly(dense_model: Path, rows: Path, tmp_path: Path) -> None:
     output = tmp_path / "adapter"
     options = ("--bits", "3", "--rank", "4", "--max-steps", "2", "--max-length", "48", "--json")
-    status, out, err = invoke(dense, "--data", data, "--output", output, *options)
+    status, out, err = invoke(dense_model, "--data", rows, "--output", output, *options)
     assert status == 0, err
     events = [json.loads(line) for line in out.splitlines()]
     assert [event["kind"] for event in events][:2] == ["plan", "log"]
@@ -142,9 +116,9 @@ def test_a_dense_model_is_quantised_on_the_fly(dense: Path, data: Path, tmp_path
     assert events[-1]["steps"] == 2
 
 
-def test_estimate_trains_nothing(base: Path, data: Path, tmp_path: Path) -> None:
+def test_estimate_trains_nothing(quantised: Path, rows: Path, tmp_path: Path) -> None:
     output = tmp_path / "adapter"
-    status, _, err = invoke(base, "--data", data, "--output", output, "--estimate", "--recompute", "1")
+    status, _, err = invoke(quantised, "--data", rows, "--output", output, "--estimate", "--recompute", "1")
     assert status == 0
     assert "1 of 2 layers recomputed" in err
     assert not output.exists()
@@ -159,16 +133,16 @@ def test_estimate_trains_nothing(base: Path, data: Path, tmp_path: Path) -> None
         (("--data", "DATA", "--packing", "maybe"), "packing='maybe'; allowed: auto, on, off"),
         (("--data", "DATA", "--recompute", "99"), "allowed: 0 to 2"),
         (("--data", "DATA", "--memory-limit", "0.00001"), "--batch-size or --max-length"),
-        (("--data", "DATA", "--adapter", "nowhere"), "no adapter_config.json"),
+        (("--data", "DATA", "--adapter", "nowhere"), "no folder named nowhere"),
         (("--data", "DATA", "--device", "cuda:7"), "CUDA"),
         (("--data", "DATA", "--resume"), "nothing to resume"),
     ],
 )
 def test_what_is_refused(
-    options: tuple[str, ...], message: str, base: Path, data: Path, tmp_path: Path
+    options: tuple[str, ...], message: str, quantised: Path, rows: Path, tmp_path: Path
 ) -> None:
-    given = [str(data) if option == "DATA" else option for option in options]
-    status, out, err = invoke(base, "--output", tmp_path / "adapter", *given)
+    given = [str(rows) if option == "DATA" else option for option in options]
+    status, out, err = invoke(quantised, "--output", tmp_path / "adapter", *given)
     last = err.strip().splitlines()[-1]
     assert status == 2, err
     assert out == ""

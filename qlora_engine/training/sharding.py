@@ -1,0 +1,257 @@
+"""A quantised model spread over the processes with FSDP2, read so that no process ever holds all of it.
+
+The model is built without weights and gets its adapter; then one decoder layer after the other is read from
+the checkpoint and sharded by ``fully_shard``, and what lies outside the layers last. A process holds its
+shards and at most one layer more. The packed weights are uint8 Parameters, sharded like any other.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_engine.adapter_io import write_adapter
+from qlora_engine.adapter_state import adapter_keys, get_peft_model_state_dict, load_peft_weights
+from qlora_engine.checkpoint import Checkpoint
+from qlora_engine.errors import InputError
+from qlora_engine.fingerprint import Fingerprint, module_digest
+from qlora_engine.loading import (
+    check_quantised,
+    empty_layer,
+    native_config,
+    not_quantised,
+    read_generation_config,
+    stored_weights,
+)
+from qlora_engine.lora_layer import LoraLayer
+from qlora_engine.partial_model import PartialModel
+from qlora_engine.safetensors_io import DenseTensor
+from quant.linear import QuantizedModule
+
+from .recompute import decoder_layers
+
+_FINGERPRINT = "_fingerprint_of_shards"  # a process cannot hash weights of which it has a part
+
+
+def load_sharded(
+    folder: Path,
+    config: Any,
+    adapter: Path | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    progress: Callable[[nn.Module], None] | None = None,
+) -> Any:
+    """A PeftModel around the quantised checkpoint in ``folder``, sharded over all processes.
+
+    Args:
+        folder: What loftq-init wrote, packed.
+        config: The adapter's LoraConfig.
+        adapter: Folder of the adapter to go on from; None: a new one, drawn from ``seed``.
+        dtype: Of what is not quantised.
+        device: This process's.
+        seed: Of a new adapter; the same in all processes.
+        trust_remote_code: Let Python files of the folder run.
+        progress: Called with the model after each part has been read and sharded.
+
+    Raises:
+        InputError: a dense checkpoint, one that cannot be read, a model without known decoder layers, or
+            modules that would train in full.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from qlora_engine import get_peft_model
+
+    checkpoint = Checkpoint.open(folder)
+    settings = checkpoint.config.get("quantization_config")
+    if settings is None:
+        raise InputError(f"{folder} is dense; a model that is to be sharded must be written by loftq-init")
+    check_quantised(folder, settings)
+    if config.modules_to_save or config.trainable_token_indices:
+        raise InputError("--shard trains LoRA factors alone: the adapter also trains whole modules or tokens")
+    partial = PartialModel(folder, dtype=dtype, trust_remote_code=trust_remote_code, quantised=True)
+    base = partial.model
+    modules = dict(base.named_modules())
+    readers = dict(stored_weights(checkpoint, settings, partial, modules))
+    rest = not_quantised(base, readers)
+    specs = {path: read().spec for path, read in readers.items()}
+    layers = decoder_layers(base)
+    if not layers:
+        raise InputError(f"{folder}: no decoder layers that can be sharded are known of this model")
+    for path, spec in specs.items():
+        parent, _, leaf = path.rpartition(".")
+        modules[path] = empty_layer(path, modules[path], spec, dtype)
+        setattr(base.get_submodule(parent), leaf, modules[path])
+    base.config.quantization_config = native_config(specs)
+    read_generation_config(base, folder)
+    partial.homes.update(modules)  # the adapter wraps some of them
+    places = {id(module): path for path, module in modules.items()}
+    in_layers = [places[id(layer)] + "." for layer in layers]
+
+    config.base_model_name_or_path = base.name_or_path or str(folder)
+    model = get_peft_model(base, config)
+    _fill_adapter(model, adapter, seed)
+    made_for, digests = _fingerprint(adapter), {}
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    moved: set[str] = set()
+
+    def fill(mine: Callable[[str], bool]) -> None:
+        for path in filter(mine, readers):
+            q = readers[path]()
+            digests[path] = module_digest(q)
+            if made_for is not None and made_for.digests.get(path, digests[path]) != digests[path]:
+                warnings.warn(f"{adapter} belongs to another quantised base: {path} differs", stacklevel=2)
+            layer = modules[path]
+            assert isinstance(layer, QuantizedModule)
+            layer.set_quantized(q)
+        names = [name for name in rest if mine(name)]
+        partial.load(names)
+        moved.update(names)
+
+    for layer, prefix in zip(layers, in_layers, strict=True):
+        fill(lambda name, prefix=prefix: name.startswith(prefix))  # type: ignore[misc]
+        fully_shard(layer, mesh=mesh)
+        if progress is not None:
+            progress(model)
+    fill(lambda name: name not in moved and not name.startswith(tuple(in_layers)))
+    fully_shard(base, mesh=mesh)
+    for name, buffer in base.named_buffers():
+        holder, _, leaf = name.rpartition(".")
+        base.get_submodule(holder)._buffers[leaf] = buffer.to(device)
+    setattr(base, _FINGERPRINT, Fingerprint(specs, digests, str(dtype).removeprefix("torch.")))
+    missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    assert not missing, missing
+    if progress is not None:
+        progress(model)
+    model.eval()
+    return model
+
+
+def _fill_adapter(model: Any, adapter: Path | None, seed: int) -> None:
+    """Give the factors their values: from ``adapter``, or A uniform as in nn.Linear and B zero."""
+    if adapter is not None:
+        weights = load_peft_weights(adapter, device="cpu")
+        keys = adapter_keys(model, "default")
+        model.load_state_dict(
+            {keys[name]: tensor.float() for name, tensor in weights.items() if name in keys},
+            strict=False,
+            assign=True,
+        )
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        for module in model.modules():
+            if not isinstance(module, LoraLayer):
+                continue
+            for A, B in zip(module.lora_A.values(), module.lora_B.values(), strict=True):
+                rank, columns = A.weight.shape
+                bound = 1.0 / math.sqrt(columns)
+                values = (torch.rand(rank, columns, generator=generator) * 2 - 1) * bound
+                A.weight = nn.Parameter(values)
+                B.weight = nn.Parameter(torch.zeros(B.weight.shape))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if "lora_" in name and parameter.is_meta:
+            raise InputError(f"{adapter}: no weights for {name}")
+
+
+def _fingerprint(adapter: Path | None) -> Fingerprint | None:
+    found = None if adapter is None else Fingerprint.read(adapter)
+    return None if found is None or found.dense else found
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the parameters are spread over the processes."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole(value: Any) -> Any:
+    """Sharded tensors in ``value`` (dicts, lists) put together on the CPU; all processes must call it."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(value, DTensor):
+        return value.full_tensor().cpu()
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    return value
+
+
+def adapter_weights(model: Any) -> dict[str, Tensor]:
+    """The adapter as a file holds it, put together on the CPU; all processes must call it."""
+    return {key: whole(tensor) for key, tensor in get_peft_model_state_dict(model).items()}
+
+
+def save_adapter(model: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write the adapter into ``folder``; one process does it.
+
+    Args:
+        model: A PeftModel.
+        folder: PEFT's files and the fingerprint of the base go there.
+        weights: Of a sharded model: ``adapter_weights``, called by all processes before.
+    """
+    if weights is None:
+        model.save_pretrained(folder)
+        return
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    tensors = [DenseTensor(name, weights[name].contiguous()) for name in sorted(weights)]
+    write_adapter(folder, tensors, config, getattr(model.get_base_model(), _FINGERPRINT))
+
+
+def put(target: Tensor, values: Tensor) -> None:
+    """Copy ``values``, whole in every process, into a parameter, sharded or not."""
+    from torch.distributed.tensor import DTensor
+
+    with torch.no_grad():
+        target.copy_(_like(target, values) if isinstance(target, DTensor) else values)
+
+
+def _like(target: Any, values: Tensor) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    part: Tensor = distribute_tensor(
+        values.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+    )
+    return part
+
+
+def put_adapter(model: Any, weights: dict[str, Tensor]) -> None:
+    """Set the adapter of a sharded model to ``weights``, keys as in a file."""
+    for key, parameter in get_peft_model_state_dict(model).items():
+        put(parameter, weights[key])
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """``optimizer.state_dict()`` with its tensors put together; all processes must call it."""
+    state: dict[str, Any] = whole(optimizer.state_dict())
+    return state
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The inverse of ``optimizer_state``, for however many processes there are now."""
+    from torch.distributed.tensor import DTensor
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shared: dict[int, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        parameter = parameters[index]
+        shared[index] = {
+            key: _like(parameter, value)
+            if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape
+            else value
+            for key, value in entries.items()
+        }
+    optimizer.load_state_dict({"state": shared, "param_groups": state["param_groups"]})

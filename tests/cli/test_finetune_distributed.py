@@ -1,0 +1,155 @@
+"""``torchrun ... qlora-finetune``: two gloo processes with copies (DDP) or shards (FSDP2) train as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .command import ROOT
+from .test_finetune import invoke, losses
+
+STEPS = ("--max-steps", 4, "--max-length", 48, "--packing", "off", "--learning-rate", 0.01)
+EVERY = ("--save-every", 2, "--evaluate-every", 2)
+
+
+def torchrun(*arguments: Any, command: str = "finetune", **popen: Any) -> subprocess.Popen[str]:
+    """A command in two processes of one thread each."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*launcher, "-m", f"qlora_engine.cli.{command}", *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **popen,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Status and output; nothing is left running."""
+    try:
+        out, err = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+def errors(text: str, program: str = "qlora-finetune") -> list[str]:
+    """The program's own lines of error."""
+    return [line for line in text.splitlines() if line.startswith(f"{program}: ")]
+
+
+@pytest.fixture(scope="module")
+def alone(quantised: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process with the same global batch."""
+    output = tmp_path_factory.mktemp("alone") / "adapter"
+    status, _, err = invoke(quantised, "--data", rows, "--output", output, *STEPS, *EVERY, "--batch-size", 4)
+    assert status == 0, err
+    return output
+
+
+@pytest.mark.parametrize(
+    "how", [pytest.param((), marks=pytest.mark.slow), ("--shard",)], ids=["copies", "shards"]
+)
+def test_two_processes_train_as_one(
+    how: tuple[str, ...],
+    quantised: Path,
+    rows: Path,
+    alone: Path,
+    tmp_path: Path,
+) -> None:
+    from peft import PeftModel, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    output = tmp_path / "adapter"
+    options = (*STEPS, *EVERY, "--batch-size", 2, "--recompute", 1, "--sample", "3 plus one is", *how)
+    status, out, err = finish(torchrun(quantised, "--data", rows, "--output", output, *options))
+    assert status == 0, err
+    assert out == ""
+    assert err.count("next: qlora-merge") == 1  # one process prints
+    assert err.count("step 1/4") == 1
+    log, want = (json.loads((path / "training_log.json").read_text()) for path in (output, alone))
+    assert [step for step, _ in log["losses"]] == [1, 2, 3, 4]
+    for kind in ("losses", "evaluations"):
+        torch.testing.assert_close(torch.tensor(log[kind]), torch.tensor(want[kind]), rtol=1e-5, atol=1e-5)
+    mine, theirs = (load_file(path / "adapter_model.safetensors") for path in (output, alone))
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-4)
+    fingerprints = [
+        json.loads((path / "quantization_fingerprint.json").read_text()) for path in (output, alone)
+    ]
+    assert fingerprints[0]["codes_sha256"] == fingerprints[1]["codes_sha256"]
+    # PEFT reads what was trained
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(quantised), str(output))
+    read = get_peft_model_state_dict(model)
+    assert read.keys() == mine.keys()
+    assert all(torch.equal(read[name].float(), mine[name]) for name in mine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [(), ("--shard",)], ids=["copies", "shards"])
+def test_one_killed_process_ends_all_and_the_run_goes_on(
+    how: tuple[str, ...],
+    quantised: Path,
+    rows: Path,
+    tmp_path: Path,
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ("--data", rows, *STEPS, *EVERY, "--max-steps", 12, "--batch-size", 2, *how)
+    status, _, err = finish(torchrun(quantised, "--output", whole, *options))
+    assert status == 0, err
+    process = torchrun(quantised, "--output", cut, *options, start_new_session=True)
+    marker = cut / "checkpoints" / "checkpoint-2" / "complete.json"
+    for _ in range(2400):
+        if marker.exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    status, _, err = finish(process)
+    assert marker.exists(), err
+    assert status != 0
+    assert len(errors(err)) == 1, err
+    assert "another process of this run has ended" in errors(err)[0]
+    assert not (cut / "adapter_config.json").exists()
+    alone = invoke(quantised, "--output", cut, *options[: len(options) - len(how)], "--resume")
+    assert alone[0] == 2
+    assert "processes was 2, is 1" in alone[2] or "shard was True, is False" in alone[2]
+    status, _, err = finish(torchrun(quantised, "--output", cut, *options, "--resume"))
+    assert status == 0, err
+    assert losses(cut) == losses(whole)
+    assert load_file(cut / "adapter_model.safetensors").keys()
+    assert (cut / "adapter_model.safetensors").read_bytes() == (
+        whole / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.slow
+def test_an_error_is_told_once(quantised: Path, tmp_path: Path) -> None:
+    status, out, err = finish(
+        torchrun(quantised, "--data", "nowhere.jsonl", "--output", tmp_path / "adapter")
+    )
+    assert status != 0
+    assert out == ""
+    assert errors(err) == ["qlora-finetune: error: no such file: nowhere.jsonl"]
+
+
+def test_sharding_needs_processes(quantised: Path, rows: Path, tmp_path: Path) -> None:
+    status, _, err = invoke(quantised, "--data", rows, "--output", tmp_path / "adapter", "--shard")
+    assert status == 2
+    assert "start it with torchrun" in err
