@@ -58,7 +58,7 @@ class Architecture:
         modules: Every module, the root excepted, in the model's order.
         parameters: Parameter and buffer names with their shapes; tied ones under each of their names.
         tied: Names of all parameters that share their memory with another.
-        heads: Output heads: the modules that "all-linear" leaves dense.
+        heads: Output heads, with what is inside them: the modules that "all-linear" leaves dense.
         base_prefix: Name of the base model inside the model class ("model", "bert"), empty if none.
         task: PEFT's task type where it adds nothing to the adapter, otherwise None.
     """
@@ -188,7 +188,7 @@ def read_architecture(
     head = model.get_output_embeddings()
     paths = dict(model.named_modules())
     heads = tuple(path for path, module in paths.items() if head is not None and module is head)
-    heads = heads or tuple(path for path in paths if path in HEAD_NAMES)
+    heads = heads or tuple(path for path in paths if path.partition(".")[0] in HEAD_NAMES)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     keep_fp32 = tuple(model._keep_in_fp32_modules or ())
     return Architecture(

@@ -18,6 +18,7 @@ from . import adapters
 from .auxiliary import AuxiliaryTrainingWrapper
 from .base_weight import is_bnb_linear, is_conv1d, restore_adopted
 from .calibrated_model import calibrated
+from .compute import set_compute
 from .config import LoraConfig, PeftConfig, PeftType
 from .extra_modules import add_extra_trainable_modules
 from .lora import Linear, create_lora_layer
@@ -37,13 +38,12 @@ from .targets import (
     pattern_value,
     raise_if_nothing_matched,
     warn_unmatched_patterns,
+    why_not_adapted,
 )
 from .tuner_layer import BaseTunerLayer, as_names
 from .tying import is_tied_target, plan_ties
 
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
-_MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
-_NOT_IN_MAMBA = {"out_proj", "conv1d"}
 
 
 def model_config_dict(model: nn.Module) -> dict[str, Any]:
@@ -272,6 +272,8 @@ class LoraModel(nn.Module):
             plan.targeted.append(key)
         untie_if_quantized(model, was_tied)
         record_quantization(model)
+        if config.runtime_config.compute is not None:
+            set_compute(model, config.runtime_config.compute)
         self._check_plan(config, plan, parameters, dummy)
         warn_unmatched_patterns(config, plan.targeted)
         self._note_targets(plan.targeted, parameters)
@@ -386,13 +388,8 @@ class LoraModel(nn.Module):
     def _adapt(self, config: LoraConfig, adapter_name: str, model: nn.Module, key: str) -> None:
         parent_name, _, name = key.rpartition(".")
         parent, target = model.get_submodule(parent_name), model.get_submodule(key)
-        if self.get_model_config(model).get("model_type") in _MAMBA and name in _NOT_IN_MAMBA:
-            model_type = self.get_model_config(model)["model_type"]
-            raise ValueError(
-                f"[PEFT:LORA] Module '{name}' is incompatible with Mamba-based models "
-                f"(model_type='{model_type}'). Incompatible modules: {_NOT_IN_MAMBA}. "
-                "Please remove it from `target_modules` to avoid compatibility issues."
-            )
+        if reason := why_not_adapted(self.get_model_config(model).get("model_type"), name):
+            raise ValueError(reason)
         self._create_and_replace(config, adapter_name, target, name, parent, key)
 
     def _create_and_replace(

@@ -17,7 +17,13 @@ from .config import LoraConfig
 from .errors import InputError, did_you_mean
 from .options import InitOptions
 from .safetensors_io import DTYPE_BITS, FLOAT_DTYPES, TensorEntry
-from .targets import check_target_module_exists, condense, get_pattern_key, pattern_value, plan_targets
+from .targets import (
+    check_target_module_exists,
+    condense,
+    get_pattern_key,
+    pattern_value,
+    plan_targets,
+)
 
 DTYPE_OF_STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
 STORED_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -128,12 +134,14 @@ def _lora_config(options: InitOptions) -> LoraConfig:
 def _targets(architecture: Architecture, options: InitOptions) -> tuple[set[str], Any, list[str]]:
     """Paths of the modules that get an adapter, what names them in a LoraConfig, and notes."""
     modules = [(module.path, module.kind) for module in architecture.modules]
-    head = architecture.heads[0] if architecture.heads else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             found = plan_targets(
-                _lora_config(options), modules, model_type=architecture.model_type, output_layer=head
+                _lora_config(options),
+                modules,
+                model_type=architecture.model_type,
+                output_layers=architecture.heads,
             )
         except ValueError as error:
             wrong = "".join(f"; {note}" for note in _unused_names(architecture, options))
@@ -304,7 +312,9 @@ def make_plan(checkpoint: Checkpoint, architecture: Architecture, options: InitO
         chosen |= {
             module.path
             for module in architecture.modules
-            if module.kind in ("linear", "conv1d") and module.path not in architecture.heads
+            if module.kind in ("linear", "conv1d")
+            and module.path not in architecture.heads
+            and not reads_past_forward(architecture.model_type, module.path)
         }
     homes = architecture.homes(checkpoint.tensors)
     modules = [module for module in architecture.modules if module.path in chosen]
@@ -328,7 +338,7 @@ def make_plan(checkpoint: Checkpoint, architecture: Architecture, options: InitO
         if stuck:
             notes.append(
                 f"{len(stuck)} modules stay dense, because transformers does not load them in 4 bits, e.g. "
-                f"'{stuck[0]}'"
+                f"'{stuck[0]}' (--save-format native or dense has no such limit)"
             )
         modules = [module for module in modules if module.stock_4bit]
     adapted &= {module.path for module in modules}

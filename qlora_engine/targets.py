@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +16,12 @@ DUMMY_TARGET_MODULES = "dummy-target-modules"
 MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
 SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
 EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
+# State-space models whose kernels take these weights, not the modules: an adapter there would do nothing.
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_NOT_IN_MAMBA = ("out_proj", "conv1d")
+_READ_PAST_FORWARD = dict.fromkeys(_MAMBA, ("out_proj",)) | dict.fromkeys(
+    ("mamba", "falcon_mamba", "jamba"), ("x_proj", "dt_proj", "out_proj")
+)
 LINEAR_KINDS = ("linear", "conv1d")
 
 Names = "list[str] | set[str] | str | None"
@@ -213,7 +219,7 @@ def plan_targets(
     modules: Sequence[tuple[str, str]],
     *,
     model_type: str | None = None,
-    output_layer: str | None = None,
+    output_layers: Collection[str] = (),
     kinds: Sequence[str] = ("linear", "conv1d", "embedding"),
 ) -> TargetPlan:
     """Choose among modules known only by name and kind, as read from a checkpoint on disk.
@@ -222,7 +228,7 @@ def plan_targets(
         config: A LoraConfig (or anything with its targeting fields); not changed.
         modules: (dotted path, kind), kind being ``"linear"``, ``"conv1d"``, ``"embedding"`` or anything else.
         model_type: ``config.json``'s, for the default targets.
-        output_layer: Path of the output head, which ``"all-linear"`` leaves out.
+        output_layers: Paths of the output head's layers, which ``"all-linear"`` leaves out.
         kinds: Kinds that can be adapted at all; a targeted module of another kind is an error.
 
     Returns:
@@ -236,7 +242,11 @@ def plan_targets(
     if targets is None:
         targets = default_targets(model_type)
     if is_all_linear(targets):
-        targets = {name for name, kind in modules if kind in LINEAR_KINDS and name != output_layer}
+        targets = {
+            name
+            for name, kind in modules
+            if kind in LINEAR_KINDS and name not in output_layers and not reads_past_forward(model_type, name)
+        }
     chosen = _Resolved(config, condense(targets, [name for name, _ in modules]))
     plan = TargetPlan(target_modules=chosen.target_modules)
     for name, kind in modules:
@@ -247,10 +257,34 @@ def plan_targets(
             plan.unmatched.append(name)
         elif kind not in kinds:
             raise ValueError(f"module '{name}' is a {kind}; only {', '.join(kinds)} can be adapted here")
+        elif reason := why_not_adapted(model_type, name):
+            raise ValueError(reason)
+        elif reads_past_forward(model_type, name):
+            raise ValueError(f"module '{name}' cannot be adapted: {model_type} reads its weight directly")
         else:
             plan.targeted.append(name)
     raise_if_nothing_matched(chosen, plan)
     return plan
+
+
+def reads_past_forward(model_type: str | None, path: str) -> bool:
+    """Whether such a model takes the weight of the module ``path`` itself, so that it must stay dense.
+
+    Source: transformers 5.23, ``modeling_mamba.py`` and those like it.
+    """
+    return path.rpartition(".")[2] in _READ_PAST_FORWARD.get(model_type or "", ())
+
+
+def why_not_adapted(model_type: str | None, path: str) -> str | None:
+    """Why the module ``path`` of such a model can have no adapter (PEFT's words), or None where it can."""
+    name = path.rpartition(".")[2]
+    if model_type not in _MAMBA or name not in _NOT_IN_MAMBA:
+        return None
+    return (
+        f"[PEFT:LORA] Module '{name}' is incompatible with Mamba-based models (model_type='{model_type}'). "
+        f"Incompatible modules: {set(_NOT_IN_MAMBA)}. "
+        "Please remove it from `target_modules` to avoid compatibility issues."
+    )
 
 
 class _Resolved:

@@ -58,6 +58,32 @@ def test_skip_modules_make_4bit_exactly_what_is_quantised(
     assert all(converts_to_4bit(path, skip) == should_convert_module(path, skip) for path in paths)
 
 
+def test_a_classification_head_of_several_layers_stays_dense(tmp_path: Path) -> None:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    config = RobertaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    plan = plan_for(tmp_path, quantize_rest=True)
+    assert len(plan.layers) == 6
+    assert not any(layer.path.startswith("classifier") for layer in plan.layers)
+    assert "classifier.dense" in plan.skip_modules
+
+
+def test_what_a_mamba_model_reads_past_forward_stays_dense(tmp_path: Path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, state_size=4, time_step_rank=8)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    names = {layer.path.rpartition(".")[2] for layer in plan_for(tmp_path, quantize_rest=True).layers}
+    assert names == {"in_proj"}
+    with pytest.raises(InputError, match="'out_proj' is incompatible with Mamba-based models"):
+        plan_for(tmp_path, target_modules=("in_proj", "out_proj"))
+    with pytest.raises(InputError, match="mamba reads its weight directly"):
+        plan_for(tmp_path, target_modules=("dt_proj",))
+
+
 def test_skip_modules_names_are_anchored_where_they_would_catch_too_much() -> None:
     skip = [r"^proj$", "lm_head"]
     assert not converts_to_4bit("proj", skip)

@@ -116,7 +116,7 @@ def test_find_minimal_target_modules():
 
 
 def test_plan_targets_all_linear_leaves_the_head_out():
-    plan = plan_targets(LoraConfig(target_modules="ALL-linear"), LLAMA, output_layer="lm_head")
+    plan = plan_targets(LoraConfig(target_modules="ALL-linear"), LLAMA, output_layers=["lm_head"])
     assert len(plan.targeted) == 9
     assert "lm_head" in plan.unmatched
     assert plan.target_modules == set(plan.targeted)
