@@ -23,6 +23,7 @@ from .targets import (
     get_pattern_key,
     pattern_value,
     plan_targets,
+    reads_past_forward,
 )
 
 DTYPE_OF_STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
