@@ -22,6 +22,7 @@ _HOME: dict[str, str] = {
         "targets": "NoMatchingPeftModuleError PeftError",
         "tuner_layer": "BaseTunerLayer",
         "loading": "from_pretrained",
+        "compute": "set_compute",
         "lora_layer": "LoraLayer",
         "lora": "LoraLinear LoraEmbedding",
         "lora_conv": "LoraConv1d LoraConv2d LoraConv3d",

@@ -18,9 +18,16 @@ T = TypeVar("T")
 
 @dataclass
 class LoraRuntimeConfig:
-    """Settings of this process only; never written to disk."""
+    """Settings of this process only; never written to disk.
+
+    Attributes:
+        ephemeral_gpu_offload: PEFT's.
+        compute: "fp8": the products with all quantised Linears of the model in float8, "same": in the input's
+            dtype; None: as they are. See ``qlora_engine.set_compute``.
+    """
 
     ephemeral_gpu_offload: bool = False
+    compute: str | None = None
 
 
 @dataclass
