@@ -30,7 +30,7 @@ from quant.nested import double_dequantize
 from quant.spec import NESTED_BLOCK_SIZE
 
 AUTO = "auto"
-_KNOWN = ("reference", "lookup", "triton_kernels", "bnb")
+_KNOWN = ("reference", "lookup", "compiled", "triton_kernels", "bnb")
 _PREFERENCE = {"cuda": ("triton_kernels", "lookup")}  # what `auto` tries, in order
 _DEFAULT_PREFERENCE = ("lookup",)
 
