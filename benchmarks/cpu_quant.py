@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.common import save, table, time_each
 from quant import QuantSpec, formats, quantize
+from quant.backends import compiled
 
 BNB = importlib.util.find_spec("bitsandbytes") is not None
 FORMATS = ("nf4", "fp4", "int4", "uint4", "nf3", "nf2", "int8")
@@ -87,6 +88,8 @@ def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 arguments.repeats,
             )
             yield row(label, "quantise", dtype, times)
+            if spec.format == "nf4" and not spec.double_quant and dtype == torch.float32:
+                yield from _compiled(weight, spec, workspace, peer, arguments.repeats)
         q = quantize(weight, spec)
         for dtype in (torch.float32, torch.bfloat16):
             target = torch.empty(rows, columns, dtype=dtype)
@@ -123,6 +126,31 @@ def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield row(label, f"quantise, {rule}", torch.float32, times) | {"relative error": error}
 
 
+def _compiled(
+    weight: Tensor,
+    spec: QuantSpec,
+    workspace: Tensor,
+    peer: dict[str, Callable[[], object]],
+    repeats: int,
+) -> Iterator[dict[str, Any]]:
+    """The loop that torch.compile makes, where there is a C++ compiler; compiling is not counted."""
+    reason = compiled.unavailable(weight.device, spec.fmt, spec.block_size)
+    if reason is not None:
+        print(f"compiled: {reason}: its row is left out", file=sys.stderr)
+        return
+    if not torch.equal(quantize(weight, spec, backend="compiled").codes, quantize(weight, spec).codes):
+        raise SystemExit(f"{spec}: compiled codes differ from the look-up's")
+    times = measure(
+        {
+            "memcpy": lambda: workspace.copy_(weight),
+            "ours": lambda: quantize(weight, spec, backend="compiled"),
+            **({"bnb": peer["quantize"]} if peer else {}),
+        },
+        repeats,
+    )
+    yield row(spec.format, "quantise, compiled", torch.float32, times)
+
+
 def row(label: str, what: str, dtype: torch.dtype, times: dict[str, float]) -> dict[str, Any]:
     """One line of the report, from CPU seconds."""
     line: dict[str, Any] = {
@@ -155,7 +183,11 @@ def main(argv: list[str] | None = None) -> int:
     rows = list(cases(arguments))
     print(table(rows))
     if arguments.json:
-        save(arguments.json, command=["benchmarks.cpu_quant", *(argv or sys.argv[1:])], rows=rows)
+        save(
+            arguments.json,
+            command=["benchmarks.cpu_quant", *(sys.argv[1:] if argv is None else argv)],
+            rows=rows,
+        )
     return 0
 
 

@@ -1,10 +1,12 @@
-"""Speed on a GPU, each figure beside its peer and the dense bound in the same run.
+"""Speed, each figure beside its peer and the dense bound in the same run.
 
-    python -m benchmarks.speed --suite dequant,mlp --json speed.json
+    python -m benchmarks.speed --suite dequant,mlp --json speed.json     on a GPU
+    python -m benchmarks.speed --suite cpu                               CPU seconds, one thread
 
 Suites: dequant (decode and encode against a copy and bitsandbytes), linear, mlp, qkv (forward and backward of
 LoRA layers of Llama-3-8B against dense bf16 layers and PEFT), solver (LoftQ against exact SVDs and PEFT's
-algorithm). A peer that is not installed is named and left out.
+algorithm); cpu (quantise, dequantise and the layer on a CPU: cpu_quant.py and cpu_linear.py). A peer that is
+not installed is named and left out.
 """
 
 from __future__ import annotations
@@ -20,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import common
+from benchmarks import common, cpu_linear, cpu_quant
 from benchmarks.gpu import GpuTiming, measure
-from quant.backends import triton_kernels
 from quant.linear import QuantLinear
 from quant.spec import QuantSpec
 from quant.tensor import quantize
@@ -64,6 +65,8 @@ def against(rows: list[Row], peer: str) -> None:
 
 def suite_dequant() -> list[Row]:
     """Decode and encode 4096 x 14336."""
+    from quant.backends import triton_kernels
+
     weight = torch.randn(HIDDEN, WIDTH, device="cuda", dtype=torch.bfloat16)
     q = quantize(weight, SPEC)
     out, source = torch.empty_like(weight), torch.randn_like(weight)
@@ -303,9 +306,22 @@ SUITES: dict[str, Callable[[], list[Row]]] = {
 }
 
 
+def cpu_commands(json_file: Path | None) -> list[tuple[Callable[[list[str]], int], list[str]]]:
+    """The CPU's two benchmarks with their arguments; JSON goes beside ``json_file`` under their names."""
+    commands: list[tuple[Callable[[list[str]], int], list[str]]] = [
+        (cpu_quant.main, ["--formats", "nf4"]),
+        (cpu_linear.main, []),
+        (cpu_linear.main, ["--shape", "512x512"]),
+    ]
+    if json_file is not None:
+        for (_, arguments), name in zip(commands, ("quant", "linear", "linear-small"), strict=True):
+            arguments += ["--json", str(json_file.with_name(f"{json_file.stem}-{name}.json"))]
+    return commands
+
+
 def check() -> None:
     """Refuse to time wrong code: the kernels against the reference, on this device."""
-    from quant.backends import reference
+    from quant.backends import reference, triton_kernels
 
     weight = torch.randn(257, 320, device="cuda", dtype=torch.bfloat16)
     for name in ("nf4", "nf3", "int8", "uint2"):
@@ -322,14 +338,20 @@ def check() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the suites asked for, print a table each, write JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--suite", default=",".join(SUITES), help=f"comma-separated, of: {', '.join(SUITES)}")
+    parser.add_argument(
+        "--suite",
+        default=",".join(SUITES),
+        help=f"comma-separated, of: {', '.join(SUITES)}; or cpu, by itself",
+    )
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args(arguments)
+    if options.suite == "cpu":
+        return max(run(arguments) for run, arguments in cpu_commands(options.json))
     unknown = set(options.suite.split(",")) - set(SUITES)
     if unknown:
         parser.error(f"unknown suite {sorted(unknown)}; known: {', '.join(SUITES)}")
     if not torch.cuda.is_available():
-        print("needs a CUDA GPU; benchmarks/cpu_quant.py measures the CPU", file=sys.stderr)
+        print("needs a CUDA GPU; --suite cpu measures the CPU", file=sys.stderr)
         return 2
     check()
     rows: list[Row] = []
