@@ -60,7 +60,7 @@ def cholesky(matrix: Tensor) -> Tensor:
     Raises:
         ValueError: It fails even with the mean of the diagonal added: ``matrix`` is far from semi-definite.
     """
-    damped = matrix.double().clone()
+    damped = matrix.to(torch.float64, copy=True)
     mean = damped.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     added = 0.0
     for epsilon in (0.0, *(10.0**exponent for exponent in range(-10, 1))):
@@ -72,20 +72,34 @@ def cholesky(matrix: Tensor) -> Tensor:
     raise ValueError(f"matrix {tuple(matrix.shape)} is not positive semi-definite, even damped by its mean")
 
 
-def feedback_factor(metric: Tensor, damping: float) -> Tensor:
+def feedback_factor(metric: Tensor, order: Tensor, damping: float) -> Tensor:
     """Unit upper triangular N with metric + damping = N D N^T: column j takes up sum_{i<j} e_i N_ij.
 
+    Block by block of rows, as a wide metric is large: beside it, two matrices in float64 at the peak.
+
     Args:
-        metric: (in, in), positive semi-definite, already in the order in which columns are processed.
+        metric: (in, in), positive semi-definite.
+        order: Of the columns as they are processed, (in,) int64; N's rows and columns are in it.
         damping: Multiple of the mean of the diagonal that is added to it.
 
     Returns:
         (in, in) float32.
     """
-    flipped = metric.flip(0, 1).double()
+    n = len(order)
+    backwards = order.flip(0)
+    flipped = torch.empty(n, n, dtype=torch.float64, device=metric.device)
+    for start in range(0, n, _ROWS):
+        rows = backwards[start : start + _ROWS]
+        flipped[start : start + _ROWS] = metric[rows[:, None], backwards]
     flipped.diagonal().add_(damping * flipped.diagonal().mean())
-    upper = cholesky(flipped).flip(0, 1)  # upper @ upper.T = metric
-    return (upper / upper.diagonal()).float()
+    lower = cholesky(flipped)  # its flip U is upper triangular, U U^T = metric in that order
+    del flipped
+    diagonal = lower.diagonal().flip(0)
+    factor = torch.empty_like(metric)
+    for start in range(0, n, _ROWS):
+        stop = min(start + _ROWS, n)
+        factor[start:stop] = lower[n - stop : n - start].flip(0, 1) / diagonal
+    return factor
 
 
 def downdate(hessian: Tensor, A: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Feedback:
     def of(cls, metric: Tensor, damping: float = 0.01) -> Feedback:
         """Factorise a positive semi-definite metric (in, in), its diagonal raised by a share of its mean."""
         order = torch.argsort(metric.diagonal(), descending=True, stable=True)
-        return cls(order, feedback_factor(metric[order][:, order], damping))
+        return cls(order, feedback_factor(metric, order, damping))
 
 
 def gptq(target: Tensor, grid: Grid, metric: Tensor | Feedback) -> Tensor:
