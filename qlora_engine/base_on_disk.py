@@ -18,7 +18,7 @@ from quant.tensor import QuantizedTensor
 from .architecture import Architecture, ModuleInfo
 from .checkpoint import Checkpoint
 from .errors import InputError
-from .loading import NATIVE_METHOD, NATIVE_VERSION, native_specs
+from .loading import NATIVE_METHOD, NATIVE_VERSION, native_specs, newer_than_known
 from .plan import DTYPE_OF_STORED
 from .safetensors_io import FLOAT_DTYPES, TensorEntry
 
@@ -180,11 +180,11 @@ class DiskBase:
 def _method(checkpoint: Checkpoint, settings: Any) -> tuple[str, dict[str, QuantSpec]]:
     if settings is None:
         return "dense", {}
-    name = settings.get("quant_method") if isinstance(settings, dict) else settings
+    name = settings.get("quant_method") if isinstance(settings, dict) else repr(settings)
     if name == "bitsandbytes":
         return "bnb", {}
     if name == NATIVE_METHOD:
-        if settings.get("version", 0) > NATIVE_VERSION:
+        if newer_than_known(settings):
             raise InputError(
                 f"{checkpoint.folder} has version {settings['version']} of the native format; known: "
                 f"{NATIVE_VERSION}"

@@ -114,8 +114,10 @@ class Calibration(Mapping[str, Tensor]):
             return None
         if weight is not None:
             self.check(name, weight)
-        counted = self[name]
-        return shrink(counted, self.layers[self.names.get(name, name)].shrinkage) if shrunk else counted
+        counted, layer = self[name], self.layers[self.names.get(name, name)]
+        if counted.shape[-1] != layer.width:
+            raise InputError(f"calibration of {name}: H is for {counted.shape[-1]} inputs, not {layer.width}")
+        return shrink(counted, layer.shrinkage) if shrunk else counted
 
     def problem(self, name: str) -> str | None:
         """Why ``hessian`` gives None, for the report; None if it gives H."""
@@ -162,7 +164,7 @@ class Calibration(Mapping[str, Tensor]):
             return
         expected = torch.tensor(layer.weight_sample)
         found = torch.tensor(sample_weight(weight))
-        if not torch.allclose(found, expected, rtol=0.02, atol=1e-6):
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.02, atol=1e-6):
             raise InputError(f"the calibration was made with another model: the weight of {name} differs")
 
     def summary(self) -> dict[str, Any]:
@@ -237,22 +239,28 @@ class Calibration(Mapping[str, Tensor]):
             facts = json.loads(tensors.metadata["calibration"])
             if facts["version"] != VERSION:
                 raise InputError(f"{path}: calibration version {facts['version']}; this reads {VERSION}")
-            layers = {name: _layer(values) for name, values in facts.pop("layers").items()}
-            notes = tuple(facts.pop("notes"))
-            facts.pop("version")
+            layers = {name: _layer(values) for name, values in facts["layers"].items()}
             missing = {layer.stored for layer in layers.values() if layer.stored} - set(tensors)
             if missing:
                 raise InputError(f"{path}: {len(missing)} Hessians are missing, among them {min(missing)}")
             return cls(
                 layers=layers,
                 tensors=tensors,
-                notes=notes,
+                names={str(disk): str(inside) for disk, inside in facts["names"].items()},
+                model=str(facts["model"]),
+                windows=_count(facts["windows"]),
+                tokens=_count(facts["tokens"]),
+                seconds=float(facts["seconds"]),
+                mode=str(facts["mode"]),
+                min_tokens=None if facts["min_tokens"] is None else _count(facts["min_tokens"]),
+                notes=tuple(map(str, facts["notes"])),
                 means=tensors.vectors["mean"],
                 sensitivities=tensors.vectors["sensitivity"],
-                **facts,
             )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path} is not a calibration file: {error!r}") from error
+        except InputError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+            raise InputError(f"{path} is not a calibration file: {error!r:.200}") from error
 
 
 def header_bytes(layers: int, aliases: Mapping[str, str]) -> int:
@@ -275,10 +283,25 @@ def _number(value: float | None) -> float | str | None:
 
 def _layer(values: dict[str, Any]) -> LayerInputs:
     condition_ = values["condition"]
-    values = {
-        **values,
-        "condition": None if condition_ is None else float(condition_),
-        "weight_shape": tuple(values["weight_shape"]),
-        "weight_sample": tuple(values["weight_sample"]),
-    }
-    return LayerInputs(**values)
+    layer = LayerInputs(
+        **values
+        | {
+            "condition": None if condition_ is None else float(condition_),
+            "weight_shape": tuple(map(_count, values["weight_shape"])),
+            "weight_sample": tuple(map(float, values["weight_sample"])),
+            "shrinkage": float(values["shrinkage"]),
+            "tokens": _count(values["tokens"]),
+            "width": _count(values["width"]),
+        }
+    )
+    if layer.kind not in ("full", "diagonal", "none") or not isinstance(layer.stored, str):
+        raise TypeError(f"kind {layer.kind!r}, stored {layer.stored!r:.40}")
+    if layer.kind != "none" and not layer.stored:
+        raise TypeError(f"a layer of kind {layer.kind!r} without a Hessian")
+    return layer
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise TypeError(f"{value!r:.40} is no count")
+    return value

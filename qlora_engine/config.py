@@ -8,6 +8,7 @@ import importlib.metadata
 import inspect
 import json
 import os
+import re
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 from transformers.utils import PushToHubMixin, http_user_agent
 
 from .init_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig, as_subconfig
+from .patterns import why_slow
 
 __all__ = [
     "CONFIG_NAME",
@@ -99,6 +101,20 @@ def _version_string() -> str:
             stacklevel=2,
         )
     return f"{__version__}@{commit or 'UNKNOWN'}"
+
+
+def _refuse_slow_patterns(values: dict[str, Any]) -> None:
+    """Patterns of a file run on every module name: none may take for ever."""
+    for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        given = values.get(name)
+        patterns = [given] if isinstance(given, str) else given if isinstance(given, (dict, list)) else ()
+        for pattern in map(str, patterns):
+            try:
+                reason = why_slow(pattern)
+            except re.error as error:
+                reason = f"no regular expression: {error}"
+            if reason:
+                raise ValueError(f"{name}: {pattern!r:.60} could take for ever: {reason}")
 
 
 @dataclass
@@ -198,6 +214,7 @@ class PeftConfigMixin(PushToHubMixin):
         name = os.fspath(pretrained_model_name_or_path)
         hub_kwargs, class_kwargs, _ = cls._split_kwargs(kwargs)
         values = cls.from_json_file(cls._find_file(name, subfolder, hub_kwargs))
+        _refuse_slow_patterns(values)
         return cls.from_peft_type(**cls.check_kwargs(**{**class_kwargs, **values}))
 
     @staticmethod

@@ -151,6 +151,7 @@ def _read_config(folder: Path) -> LoraConfig:
         config: LoraConfig = LoraConfig.from_pretrained(folder)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
+    _check_types(folder / CONFIG_FILE, config)
     if config.target_parameters:
         raise InputError(
             f"{folder} adapts parameters (target_parameters={config.target_parameters}), which are stored "
@@ -164,6 +165,27 @@ def _read_config(folder: Path) -> LoraConfig:
             "path_initial_model_for_weight_conversion first, which makes it an adapter for the original base"
         )
     return config
+
+
+def _check_types(path: Path, config: LoraConfig) -> None:
+    """The values that merging computes with; the dataclass takes anything."""
+    tokens = config.trainable_token_indices or []
+    numbers = {"r": [config.r], "lora_alpha": [config.lora_alpha]}
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, name)
+        if not isinstance(patterns, dict):
+            raise InputError(f"{path}: {name} is {patterns!r:.60}, not a map from module names to numbers")
+        numbers[name] = list(patterns.values())
+    for name, found in numbers.items():
+        wanted: Any = (int, float) if "alpha" in name else int
+        for value in found:
+            if not isinstance(value, wanted) or isinstance(value, bool) or not abs(value) < 1 << 53:
+                raise InputError(f"{path}: {name} has the value {value!r:.60}, not a number")
+            if value < 1 and "alpha" not in name:
+                raise InputError(f"{path}: {name} has the value {value!r:.60}; a rank is at least 1")
+    for rows in tokens.values() if isinstance(tokens, dict) else [tokens]:
+        if not isinstance(rows, list) or not all(type(row) is int and 0 <= row < 1 << 31 for row in rows):
+            raise InputError(f"{path}: trainable_token_indices is {tokens!r:.60}, not lists of token ids")
 
 
 def _parse(key: str) -> tuple[str, str]:

@@ -13,6 +13,9 @@ from typing import Any
 from .errors import InputError
 
 MAX_JSON_BYTES = 200_000_000
+# Python's objects take up to 100 bytes for each of these marks: a text of a few characters a value must not
+# become gigabytes. A weight file of 250,000 tensors and an index of 2,000,000 stay below.
+MAX_JSON_MARKS = 4_000_000
 
 
 class Busy(InputError):
@@ -66,6 +69,17 @@ def copy_file(source: Path, target: Path) -> None:
         os.fsync(writer.fileno())
 
 
+def check_json_size(text: bytes) -> None:
+    """Count what JSON values are made of, before any of them is.
+
+    Raises:
+        ValueError: too many to be what these files hold.
+    """
+    marks = sum(text.count(mark) for mark in (b",", b":", b"[", b"{"))
+    if marks > MAX_JSON_MARKS:
+        raise ValueError(f"{marks} values and keys, more than the {MAX_JSON_MARKS} that are accepted")
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that must hold an object.
 
@@ -77,7 +91,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if size > MAX_JSON_BYTES:
         raise InputError(f"{path} has {size} bytes; a JSON file of at most {MAX_JSON_BYTES} was expected")
     try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        text = path.read_bytes()
+        check_json_size(text)
+        value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

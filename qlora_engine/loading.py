@@ -87,14 +87,15 @@ def check_quantised(folder: Path, settings: Any) -> None:
     Raises:
         InputError: another method, or a later version.
     """
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    method = settings.get("quant_method") if isinstance(settings, dict) else repr(settings)
     if method not in (NATIVE_METHOD, "bitsandbytes"):
         raise InputError(
-            f"{folder} is quantised with {method!r}; readable: bitsandbytes, {NATIVE_METHOD} or dense"
+            f"{folder} is quantised with {method!r:.60}; readable: bitsandbytes, {NATIVE_METHOD} or dense"
         )
-    if method == NATIVE_METHOD and settings.get("version", 0) > NATIVE_VERSION:
+    if method == NATIVE_METHOD and newer_than_known(settings):
         raise InputError(
-            f"{folder} has version {settings['version']} of the native format; known: {NATIVE_VERSION}"
+            f"{folder} has version {settings.get('version')!r:.20} of the native format; known: "
+            f"{NATIVE_VERSION}"
         )
 
 
@@ -150,6 +151,12 @@ def native_config(specs: Mapping[str, QuantSpec]) -> dict[str, Any]:
         "modules": {path: spec.to_dict() for path, spec in specs.items() if spec != usual},
         "quantized_modules": list(specs),
     }
+
+
+def newer_than_known(settings: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config is of a version of the native format that this does not read."""
+    version = settings.get("version", 0)
+    return not isinstance(version, int) or version > NATIVE_VERSION
 
 
 def native_specs(settings: Mapping[str, Any]) -> dict[str, QuantSpec]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import types
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,39 @@ from .files import read_json_object, write_json
 
 REPORT_FILE = "report.json"
 VERSION = 1
+
+
+_LARGEST = 1e100  # squares of sums of numbers below it are finite
+
+
+def _fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are fields of ``cls``, lists as tuples, each of the type that the field has.
+
+    Raises:
+        TypeError: one of another type, or a number that is not finite.
+    """
+    hints = typing.get_type_hints(cls)
+    return {key: _typed(key, value, hints[key]) for key, value in values.items() if key in hints}
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for choice in choices:
+        kind, inner = typing.get_origin(choice) or choice, typing.get_args(choice)
+        if kind is tuple and isinstance(value, (list, tuple)):
+            return tuple(_typed(name, item, inner[0]) for item in value)
+        if kind is dict and isinstance(value, dict):
+            return {_typed(name, k, str): _typed(name, v, inner[1]) for k, v in value.items()}
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if kind is float and number and abs(value) < _LARGEST:
+            return value
+        if kind is int and isinstance(value, int) and number and abs(value) < 1 << 63:
+            return value
+        if kind is str and isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value):
+            return value
+        if kind is Any or (kind not in (int, float, str, tuple, dict) and isinstance(value, kind)):
+            return value
+    raise TypeError(f"{name} is {value!r:.60}")
 
 
 @dataclass(frozen=True)
@@ -84,11 +119,9 @@ class LayerReport:
         Raises:
             InputError: a field is missing.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        kept: dict[str, Any] = {key: value for key, value in values.items() if key in known}
         try:
-            return cls(**kept | {key: tuple(kept[key]) for key in ("shape", "trace") if key in kept})
-        except TypeError as error:
+            return cls(**_fields(cls, values))
+        except (TypeError, AttributeError) as error:
             raise InputError(f"not a layer's report: {error}") from error
 
 
@@ -188,14 +221,11 @@ class RunReport:
         """
         if values.get("version") != VERSION:
             raise InputError(f"report version {values.get('version')!r}; this reads version {VERSION}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        kept = {key: value for key, value in values.items() if key in known}
         try:
-            kept["layers"] = tuple(LayerReport.from_json(layer) for layer in kept["layers"])
-            kept["notes"] = tuple(kept.get("notes", ()))
-            return cls(**kept)
+            layers = tuple(LayerReport.from_json(layer) for layer in values["layers"])
+            return cls(**_fields(cls, {**values, "layers": layers}))
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"not a report of this version: {error!r}") from error
+            raise InputError(f"not a report of this version: {error!r:.200}") from error
 
     def write(self, folder: Path) -> None:
         """Write ``report.json`` into ``folder``, atomically."""

@@ -53,7 +53,8 @@ def worst_table(report: RunReport, count: int = 5) -> Table:
 
 def report_method(report: RunReport) -> str:
     """The method's name, to head a column."""
-    return str(report.run.get("options", {}).get("method", "solved"))
+    options = report.run.get("options")
+    return str(options.get("method", "solved")) if isinstance(options, dict) else "solved"
 
 
 def totals_table(report: RunReport) -> Table:

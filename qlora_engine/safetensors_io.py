@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .files import check_json_size
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_DIMS = 64  # torch's
@@ -236,6 +237,7 @@ def _parse_header(
 ) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     if not text.startswith(b"{"):
         raise ValueError("the header does not start with '{'")
+    check_json_size(text)
     header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -25,6 +25,15 @@ DEFAULT_WINDOW = 1024
 _PIECE = 1 << 16  # characters of a .txt tokenised at a time
 
 
+def why_no_text(text: str) -> str | None:
+    """Why no tokenizer takes ``text``: JSON can name half a surrogate pair; None for all other texts."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"character {error.start} is half of a surrogate pair, which is no text"
+    return None
+
+
 @dataclass(frozen=True)
 class _Document:
     """Token ids of a text; ``separate`` ones are windows of their own and never joined to others."""
@@ -111,7 +120,7 @@ class _Reader:
             raise InputError(f"{where}: chat messages, but the tokenizer has no chat template")
         try:
             text = self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise InputError(f"{where}: the chat template refuses these messages: {error}") from error
         return _Document(self._encode(text, where, special=False))
 
@@ -121,6 +130,8 @@ class _Reader:
 
     def _encode(self, text: str, where: str, *, special: bool) -> Tensor:
         self._need_tokenizer(where)
+        if reason := why_no_text(text):
+            raise InputError(f"{where}: {reason}")
         ids = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.long)
 
@@ -243,6 +254,8 @@ def _token_rows(ids: Any, mask: Any, where: str) -> Iterator[_Document]:
             f"{where}: input_ids {tuple(rows.shape)} with attention_mask {tuple(keep.shape)}; "
             "expected (tokens,) or (batch, tokens) and the same shape"
         )
+    if not rows.numel():
+        return
     for row, kept in zip(rows.reshape(-1, rows.shape[-1]), keep.reshape(-1, rows.shape[-1])):
         yield _Document(row[kept != 0], separate=True)
 
@@ -250,7 +263,7 @@ def _token_rows(ids: Any, mask: Any, where: str) -> Iterator[_Document]:
 def _integers(values: Any, name: str, where: str) -> Tensor:
     try:
         tensor = values.detach().cpu() if isinstance(values, Tensor) else torch.tensor(values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InputError(f"{where}: {name} is not an array of integers: {error}") from error
     if tensor.is_floating_point() or tensor.is_complex():
         if tensor.numel():
@@ -326,6 +339,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 yield where, json.loads(line)
             except json.JSONDecodeError as error:
                 raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
+                raise InputError(f"{where}: not JSON that can be read: {error}") from error
 
 
 def _arrow_rows(path: Path) -> Iterator[tuple[str, Any]]:

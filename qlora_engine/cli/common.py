@@ -214,7 +214,7 @@ def _parser(path: Path) -> Callable[[str], Any]:
 
         def load(text: str) -> Any:
             try:
-                return yaml.load(text, Loader)  # noqa: S506 - it is a SafeLoader
+                return yaml.load(text, Loader)
             except yaml.YAMLError as error:
                 raise ValueError(one_line(error)) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import shlex
 import sys
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from qlora_engine.cli import common
 from qlora_engine.errors import InputError
+from qlora_engine.report import LayerReport
 
 PROGRAM = "qlora-report"
 EXAMPLES = """
@@ -120,7 +122,7 @@ def _csv(rows: list[tuple[str, dict[str, object]]]) -> str:
     """One line a layer; the trace as one field, its values separated by spaces."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", *rows[0][1]])
+    writer.writerow(["run", *(field.name for field in dataclasses.fields(LayerReport))])
     for label, values in rows:
         cells = [" ".join(map(str, v)) if isinstance(v, list) else v for v in values.values()]
         writer.writerow([label, *cells])

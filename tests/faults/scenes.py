@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,11 @@ from tests.faults.child import Fault, Process, Result, run
 
 # Seconds and paths of this very run; all else is the same whatever happened on the way.
 VARIABLE = ("report.json", "report.html", "merge_report.json", "training_log.json")
+
+
+def cases(usual: int) -> int:
+    """How many cases of a test to run: FAULTS_CASES, or as many as usual."""
+    return int(os.environ.get("FAULTS_CASES", usual))
 
 
 @dataclass(frozen=True)

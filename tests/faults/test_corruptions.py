@@ -16,7 +16,7 @@ from safetensors.torch import load
 
 from qlora_engine.safetensors_io import read_header
 from tests.faults.child import Fault
-from tests.faults.scenes import Scene, Scenes
+from tests.faults.scenes import Scene, Scenes, cases
 from tests.faults.test_two_processes import start_and_stop
 
 # scene: corruptions in the default run, in the slow run
@@ -105,7 +105,7 @@ def test_damaged_before_the_run(
 ) -> None:
     original = scenes[name]
     ends: Counter[str] = Counter()
-    for case in range(CORRUPTIONS[name][kind]):
+    for case in range(cases(CORRUPTIONS[name][kind])):
         folder = tmp_path / str(case)
         folder.mkdir()
         scene, files = copy_inputs(original, folder)
@@ -132,7 +132,7 @@ def test_damaged_before_the_run(
             if victim in weights and scene.program != "qlora-finetune" and hit:
                 check_confined(tensors(scene.contents(work)), tensors(scene.wanted), hit, where)
         shutil.rmtree(folder)
-    tell(f"{CORRUPTIONS[name][kind]} corruptions: {dict(ends)}")
+    tell(f"{ends.total()} corruptions: {dict(ends)}")
 
 
 def check_confined(
@@ -153,7 +153,7 @@ def test_damaged_in_mid_run(
 ) -> None:
     """A shard that goes, shrinks or changes while it is read: refused, and afterwards nothing is wrong."""
     original, refused = scenes[name], 0
-    for case in range(kind):
+    for case in range(cases(kind)):
         folder = tmp_path / str(case)
         folder.mkdir()
         scene, files = copy_inputs(original, folder)

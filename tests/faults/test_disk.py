@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.child import Fault, run
-from tests.faults.scenes import Scene, Scenes
+from tests.faults.scenes import Scene, Scenes, cases
 
 NAMES = ("init", "init-calibrated", "merge", "merge-requantised")
 FULL = "No space left on device"
@@ -37,7 +37,7 @@ def test_full_at_any_byte(
     """Python's writes stop in the middle of whatever is being written."""
     scene, refused = scenes[name], 0
     size = sum(map(len, scene.wanted.values()))
-    for case in range(kind):
+    for case in range(cases(kind)):
         folder = tmp_path / str(case)
         result = scene.run(folder, fault=Fault(full_after_bytes=int(chance.random() * size)))
         check_refused(scene, folder, result.error(scene.program))

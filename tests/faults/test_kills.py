@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.child import Fault
-from tests.faults.scenes import Scene, Scenes
+from tests.faults.scenes import Scene, Scenes, cases
 
 # scene: kills in the default run, kills in the slow run
 KILLS = {
@@ -51,15 +51,15 @@ def test_killed_and_gone_on(
 ) -> None:
     """Every third case is killed again while it goes on."""
     scene = scenes[name]
-    kills = cases = 0
-    while kills < KILLS[name][kind]:
-        folder = tmp_path / str(cases)
+    kills = number = 0
+    while kills < cases(KILLS[name][kind]):
+        folder = tmp_path / str(number)
         kills += kill_once(scene, folder, chance)
         while chance.random() < 0.33:
             kills += kill_once(scene, folder, chance, "--resume")
         result = scene.go_on(folder)
-        assert result.code == 0, (cases, result.err)
+        assert result.code == 0, (number, result.err)
         scene.check_finished(folder)
         shutil.rmtree(folder)
-        cases += 1
-    tell(f"{kills} kills in {cases} cases, {scene.changes} changes and {scene.seconds:.2f} s undisturbed")
+        number += 1
+    tell(f"{kills} kills in {number} cases, {scene.changes} changes and {scene.seconds:.2f} s undisturbed")
