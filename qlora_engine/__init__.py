@@ -1,7 +1,26 @@
 """qlora-engine: low-bit bases with LoRA factors that correct them.
 
-The names are PEFT's where PEFT has one. They are loaded when they are first used, so that importing the
-package is light.
+In memory, with PEFT's names:
+
+    config = LoraConfig(r=16, target_modules="all-linear", init_lora_weights="loftq",
+                        loftq_config=LoftQConfig(loftq_bits=4, loftq_iter=5))
+    model = get_peft_model(model, config)   # Linears are 4-bit now, with factors that correct them
+    print(error_report(model))              # relative error by layer, without and with the factors
+
+On disk, by the commands: loftq-init, qlora-finetune, qlora-merge, qlora-report (each has --help).
+
+What to look up with help(qlora_engine.NAME):
+
+    what to do       LoraConfig LoftQConfig EvaConfig CordaConfig LoraGAConfig get_peft_config
+    put adapters on  get_peft_model inject_adapter_in_model PeftModel replace_lora_weights_loftq
+    load             from_pretrained PeftModel AutoPeftModel load_peft_weights hotswap_adapter
+    calibrate        load_texts calibrate Calibration
+    prepare          prepare_model_for_kbit_training cast_mixed_precision_params
+    see              error_report get_layer_status get_model_status inspect_matched_modules
+    change           convert_to_lora save_as_lora reduce_intruder_dimension rescale_adapter_scale
+
+Names are loaded when they are first used, so that importing the package is light; dir(qlora_engine) lists
+them all. The quantisation layer by itself is the package ``quant``: help(quant).
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 
 import pytest
 
@@ -33,6 +34,16 @@ def test_package_declares_its_surface(name: str) -> None:
     assert set(package.__all__) <= set(dir(package))
     undocumented = [entry for entry in package.__all__ if not getattr(package, entry).__doc__]
     assert not undocumented
+
+
+def test_help_leads_to_public_names() -> None:
+    """What `help(qlora_engine)` tells to look up is there, and its example comes from the same names."""
+    package = importlib.import_module("qlora_engine")
+    rows = re.findall(r"^    [a-z][a-z ]{3,15}  ([A-Za-z].*)$", str(package.__doc__), re.MULTILINE)
+    named = {name for row in rows for name in row.split()}
+    assert len(rows) == 7
+    assert named <= set(package.__all__)
+    assert {"LoraConfig", "LoftQConfig", "get_peft_model", "error_report"} <= named
 
 
 @pytest.mark.parametrize("script", list(PROJECT["scripts"]))
