@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections import Counter
@@ -353,7 +354,12 @@ def next_steps(out: Path, plan: Plan, report: RunReport) -> str:
             f"    model = {auto}.from_pretrained({str(out)!r})\n"
             f"    model = PeftModel.from_pretrained(model, {str(adapter)!r}, is_trainable=True)\n"
         )
+    train = ""
+    if task == "CAUSAL_LM":
+        line = shlex.join(["qlora-finetune", str(out), "--data", "TEXTS.jsonl", "--output", "ADAPTER"])
+        train = f"or by a command:\n    {line}\n\n"
+    merge = shlex.join(["qlora-merge", str(out), str(adapter), "MERGED"])
     return (
-        f"\nWrote {out}; the report is {out / 'report.html'}\n\nTo train it, in Python:\n{load}\n"
-        f"To merge the adapter into a dense model:\n    qlora-merge {out} {adapter} MERGED\n"
+        f"\nWrote {out}; the report is {out / 'report.html'}\n\nTo train it, in Python:\n{load}\n{train}"
+        f"To merge the adapter into a dense model:\n    {merge}\n"
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pty
 import re
+import shlex
 import shutil
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,6 +201,36 @@ def test_what_a_reader_sees_last(tmp_path: Path, make_checkpoint: MakeCheckpoint
     native = invoke(make_checkpoint("llama"), tmp_path / "native", "--rank", 4, "--bits", 2)
     assert f"qe.from_pretrained('{tmp_path / 'native'}')" in native.out
     assert f"qe.PeftModel.from_pretrained(model, '{tmp_path / 'native' / 'loftq_init'}'" in native.out
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("llama", ()), ("llama", ("--bits", 2)), ("bert", ()), ("gpt2", ("--bits", 8))]
+)
+def test_printed_next_steps_work_as_printed(
+    tmp_path: Path,
+    make_checkpoint: MakeCheckpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    options: tuple[Any, ...],
+) -> None:
+    """The Python is run and the commands are called, copied from the output, for a folder with a space."""
+    monkeypatch.chdir(tmp_path)
+    shown = invoke(make_checkpoint(name), "my out", "--rank", 4, *options).out
+    code, _, rest = shown.partition("To train it, in Python:\n")[2].partition("\n\n")
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent(code), names)
+    assert any(parameter.requires_grad for parameter in names["model"].parameters())
+    Path("TEXTS.jsonl").write_text(
+        "".join(json.dumps({"text": f"line {i} of a text"}) + "\n" for i in range(8))
+    )
+    commands = [shlex.split(line) for line in rest.splitlines() if line.startswith("    qlora-")]
+    assert [command[0] for command in commands] == ["qlora-finetune"] * (name != "bert") + ["qlora-merge"]
+    for program, *arguments in commands:
+        module = importlib.import_module(f"qlora_engine.cli.{program.removeprefix('qlora-')}")
+        with pytest.raises(SystemExit) as ended:
+            module.main([*arguments, "--quiet"])
+        assert not ended.value.code
+    assert (tmp_path / "MERGED" / "config.json").is_file()
 
 
 def on_a_terminal(*arguments: Any, **environment: str) -> str:
