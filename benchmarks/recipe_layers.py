@@ -6,8 +6,8 @@
 all-MiniLM-L6-v2, calibrated on 512 sentences. "layer error" is the geometric mean over Linears of the
 relative output error on held-out sentences, sqrt(tr(E H E^T) / tr(W H W^T)), "calibrated" the same on the
 sentences that calibration saw. ``times`` is LoftQ's error with one iteration at the same width over the
-row's. Without files, halves of Python's own documentation serve. Rows of an ablation leave one step of the
-recipe out or change it.
+row's. Without files, halves of Python's own documentation serve. The rows of ``steps`` add one step after
+another, those of ``ablation`` leave one out of the whole or change it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from qlora_engine.inits import recipe
 from qlora_engine.inits.method import Method
 from quant import QuantizedTensor, QuantSpec
 
-ROWS = ("methods", "ablation")
+ROWS = ("methods", "steps", "ablation")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,20 @@ def rows(kind: str) -> Iterator[Row]:
         yield Row("cloq", "cloq")
         yield Row("recipe-fast (T = 1)", "recipe-fast")
         yield Row("recipe (T = 4)", "recipe", 4)
+        return
+    if kind == "steps":
+        yield Row("closed form in H (qera)", "qera")
+        yield Row("+ scale search weighted by diag(H)", "qera", scales="mse")
+        yield Row("+ signed scales", "qera", scales="signed-mse")
+        yield Row("+ GPTQ (cloq)", "cloq", scales="signed-mse")
+        yield _scheduled("+ the metric beside A (T = 0)", rounds=0, warm=0)
+        yield _scheduled("+ scales refitted, GPTQ again", rounds=0)
+        yield _scheduled("+ one plain sweep (T = 1)", rounds=1, again=False, sweeps=0)
+        yield _scheduled("+ GPTQ again in the round", rounds=1, sweeps=0)
+        yield _scheduled("+ six annealed sweeps: recipe-fast", rounds=1)
+        yield _scheduled("T = 2", rounds=2)
+        yield _scheduled("T = 4: recipe", rounds=4)
+        yield _scheduled("T = 8", rounds=8)
         return
     yield Row("recipe, T = 1", "recipe", 1)
     yield Row("recipe, T = 4", "recipe", 4)
@@ -236,6 +250,12 @@ def main(arguments: list[str] | None = None) -> int:
     if not weights:
         parser.error(f"--layers {args.layers}: the encoder has no such layer")
     done: list[Measured] = []
+    command = [
+        "python",
+        "-m",
+        "benchmarks.recipe_layers",
+        *(sys.argv[1:] if arguments is None else arguments),
+    ]
     for fmt in args.formats.split(","):
         baseline = None
         for row in rows(args.rows):
@@ -244,12 +264,12 @@ def main(arguments: list[str] | None = None) -> int:
             baseline = result.layer_error if baseline is None else baseline
             result.times = baseline / result.layer_error
             done.append(result)
+            if args.json is not None:  # after each row: a long run that is cut off has not measured in vain
+                save(args.json, command=command, rows=done)
             print(
                 fmt, row.name, f"{result.layer_error:.4f} {result.seconds:.1f} s", file=sys.stderr, flush=True
             )
     print(table([asdict(result) for result in done]))
-    if args.json is not None:
-        save(args.json, command=sys.argv, rows=done)
     return 0
 
 
