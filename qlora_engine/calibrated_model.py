@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant import QuantizedTensor
+
 from .base_weight import dense_weight, is_conv1d
 from .blocks import NotSequential, find_blocks
 from .calibration import calibrate
 from .calibration_result import Calibration
 from .config import LoftQConfig, LoraConfig
 from .errors import InputError
-from .inits import get
+from .inits import get, initialise
+from .propagate import Solve, propagate
+from .targets import pattern_value
 from .texts import DEFAULT_WINDOW, load_texts
 
 # Of all second moments together: above it they are found a block at a time and wait in a file.
@@ -29,7 +33,8 @@ def calibrated(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> It
     """Inside, ``config.loftq_config["calibration"]`` has the second moments that its method needs.
 
     Args:
-        model: Not adapted yet. It runs over the texts and is left as it is.
+        model: Not adapted yet. It runs over the texts and is left as it is; with ``propagate`` its weights
+            become the targets to solve for.
         config: With ``init_lora_weights="loftq"``; as it was afterwards.
         names: Modules that will be quantised.
 
@@ -43,7 +48,7 @@ def calibrated(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> It
         return
     before = config.loftq_config
     with ExitStack() as stack:
-        found = _obtain(model, settings, names, stack)
+        found = _obtain(model, settings, config, names, stack)
         config.loftq_config = {**before, "calibration": found}  # type: ignore[dict-item]
         try:
             yield
@@ -80,7 +85,9 @@ def _is_moments(given: Any) -> bool:
     return isinstance(given, Mapping) and "input_ids" not in given
 
 
-def _obtain(model: Any, settings: LoftQConfig, names: Sequence[str], stack: ExitStack) -> Calibration:
+def _obtain(
+    model: Any, settings: LoftQConfig, config: LoraConfig, names: Sequence[str], stack: ExitStack
+) -> Calibration:
     given = settings.calibration
     if isinstance(given, (str, Path)) and Path(given).suffix == ".safetensors":
         return Calibration.load(given)
@@ -94,11 +101,37 @@ def _obtain(model: Any, settings: LoftQConfig, names: Sequence[str], stack: Exit
             raise InputError(f"calibration: {error}; give LoftQConfig(tokenizer=...)") from error
         raise
     layers = [name for name in names if not isinstance(model.get_submodule(name), nn.Embedding)]
+    if settings.propagate:
+        return propagate(model, texts, layers, _solver(settings, config))
     save_to = None
     if _moment_bytes(model, layers) > _IN_MEMORY and _runs_by_blocks(model):
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="calibration-"))
         save_to = Path(folder) / "moments.safetensors"
     return calibrate(model, texts, layers, mode="auto" if save_to is None else "blocks", save_to=save_to)
+
+
+def _solver(settings: LoftQConfig, config: LoraConfig) -> Solve:
+    """Solves a layer as ``get_peft_model`` will."""
+
+    def solve(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
+        bits = pattern_value(settings.bits_pattern, name, None, field_name="bits_pattern")
+        done = initialise(
+            weight,
+            method=settings.method,
+            rank=pattern_value(config.rank_pattern, name, config.r, field_name="rank_pattern"),
+            spec=settings.spec(bits),
+            iters=settings.loftq_iter,
+            scales=settings.scales,
+            svd=settings.svd,
+            seed=settings.seed,
+            damping=settings.damping,
+            hessian=hessian,
+            name=name,
+        )
+        assert isinstance(done.base, QuantizedTensor)
+        return done.base.dequantize(torch.float32) + done.B @ done.A
+
+    return solve
 
 
 def _tokenizer_of(model: Any) -> Any:

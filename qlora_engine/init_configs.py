@@ -53,6 +53,9 @@ class LoftQConfig:
         tokenizer: For texts; None: the one that lies beside the model's weights.
         calibration_windows: At most so many windows of text are read.
         window: Tokens of each; None: what model and tokenizer take, at most 1024.
+        propagate: Run the texts through blocks that are quantised already, so that later layers undo some of
+            the error before them; every layer is solved twice. Errors are then those of the targets that
+            this gives, which are not the original weights.
         damping: Share of its mean that is added to the diagonal of a second moment.
 
     Raises:
@@ -76,6 +79,7 @@ class LoftQConfig:
     tokenizer: Any = None
     calibration_windows: int = 64
     window: int | None = None
+    propagate: bool = False
     damping: float = 0.01
 
     def __post_init__(self) -> None:

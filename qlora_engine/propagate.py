@@ -1,0 +1,110 @@
+"""Calibrate behind quantised blocks: later layers undo some of the error that earlier ones have made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .blocks import NotSequential
+from .blockwise import BlockStep, LayerMoment, walk_blocks
+from .calibration_result import MIN_TOKENS, Calibration, LayerInputs
+from .errors import InputError
+from .hessian import dead_inputs, shrink
+from .rounding import drifted_target
+
+# (name, weight (out, in), second moment of its inputs) -> what will stand in for the weight, (out, in).
+Solve = Callable[[str, Tensor, Tensor], Tensor]
+
+
+def propagate(
+    model: nn.Module, windows: Iterable[Tensor], names: Iterable[str], solve: Solve, *, blend: float = 0.5
+) -> Calibration:
+    """Second moments behind solved blocks, and in the model the weights to solve for.
+
+    Block by block, in the order in which they run: every layer is asked for what ``drifted_target`` says,
+    is solved, and the next block is fed what the solved ones make of the texts. All layers of a block see
+    what the blocks before it have left, not what its own have.
+
+    Args:
+        model: In memory. **Its weights are changed**: each becomes the target that it is to be solved for,
+            which differs from the original by what earlier errors ask of it.
+        windows: Token ids, int64 (n,) each.
+        names: Modules that will be solved.
+        solve: As they will be.
+        blend: How much of the original input is asked for, in [0, 1]. Embeddings of MiniLM at 2 bits were
+            2.3 % nearer to the original's with .5, 0.4 % with 0 (moments behind solved blocks alone).
+
+    Returns:
+        Second moments of the drifted inputs; layers with few tokens are left as they were.
+
+    Raises:
+        InputError: a model that cannot be run block by block.
+    """
+    start = time.perf_counter()
+    texts = list(windows)
+    layers: dict[str, LayerInputs] = {}
+    tensors: dict[str, Tensor] = {}
+    targets: dict[str, Tensor] = {}
+    previous: BlockStep | None = None
+    try:
+        for step in walk_blocks(model, texts, names, inputs="both"):
+            _put(previous, targets)
+            for name in step.targets:
+                moment = step.replaced.get(name)
+                layers[name] = _facts(name, moment)
+                if moment is None or moment.tokens < MIN_TOKENS:
+                    continue
+                tensors[name] = moment.hessian
+                weight = _weight(step, name)
+                cross = step.cross.get(name)
+                target = (
+                    weight if cross is None else drifted_target(weight, moment.hessian, cross, blend=blend)
+                )
+                targets[name] = _as_stored(step, name, target)
+                solved = solve(name, target, shrink(moment.hessian, moment.shrinkage))
+                step.replace(name, _as_stored(step, name, solved))
+            previous = step
+    except NotSequential as reason:
+        raise InputError(f"propagate: cannot run this model block by block: {reason}") from reason
+    _put(previous, targets)
+    return Calibration(
+        layers=layers,
+        tensors=tensors,
+        model=type(model).__name__,
+        windows=len(texts),
+        tokens=sum(window.numel() for window in texts),
+        seconds=time.perf_counter() - start,
+        mode="blocks",
+        notes=("second moments and targets behind quantised blocks",),
+    )
+
+
+def _put(step: BlockStep | None, targets: dict[str, Tensor]) -> None:
+    """Give the layers of a block that has been run the weights to solve for."""
+    if step is not None:
+        for name in step.targets:
+            if name in targets:
+                step.replace(name, targets.pop(name))
+
+
+def _weight(step: BlockStep, name: str) -> Tensor:
+    target: Any = step.targets[name]
+    weight = target.weight.detach().float()
+    return weight.T.contiguous() if target.kind == "conv1d" else weight.clone()
+
+
+def _as_stored(step: BlockStep, name: str, weight: Tensor) -> Tensor:
+    """(out, in) -> as the layer keeps it."""
+    return weight.T if step.targets[name].kind == "conv1d" else weight
+
+
+def _facts(name: str, moment: LayerMoment | None) -> LayerInputs:
+    if moment is None:
+        return LayerInputs(0, 0, "none")
+    hessian = moment.hessian
+    kind = "full" if hessian.ndim == 2 else "diagonal"
+    dead = int(dead_inputs(hessian).sum())
+    return LayerInputs(moment.tokens, len(hessian), kind, name, dead=dead, shrinkage=moment.shrinkage)
