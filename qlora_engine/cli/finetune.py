@@ -61,7 +61,7 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
         (("--optimizer",), {**text, "default": "adamw_torch", "help": "transformers' name. [adamw_torch]"}),
         (("--evaluate-every",), {**whole, "default": 0, "help": "Steps. [once an epoch]"}),
         (("--save-every",), {**whole, "default": 0, "help": "Steps. [once an epoch]"}),
-        (("--early-stopping",), {**whole, "default": 0, "help": "Evaluations without gain until it ends."}),
+        (("--early-stopping",), {**whole, "default": 0, "help": "Evaluations without gain till it ends."}),
         (("--keep",), {**whole, "default": 2, "help": "Checkpoints kept. [2]"}),
         (("--recompute",), {**text, "default": "auto", "help": "auto, none, full, or a count of layers."}),
         (("--offload",), {**text, "help": "Kept on the host: embedding, activations (inputs of recomputed "

@@ -58,7 +58,8 @@ class Settings:
         precision: One of PRECISIONS; "auto": bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU.
         optimizer: transformers' name, such as adamw_torch, paged_adamw_8bit (needs bitsandbytes).
         evaluate_every, save_every: Steps; 0: once an epoch.
-        early_stopping: Evaluations without a better loss before the run ends; 0: never.
+        early_stopping: Evaluations without a better loss before the run ends; 0: never. Checkpoints are then
+            written at every evaluation, whatever ``save_every`` says, and the best one is what comes out.
         keep: Checkpoints kept.
         seed: Of everything random.
         recompute: See ``recompute.plan``.
@@ -299,6 +300,9 @@ def finetune(
     checkpoint = distributed.from_main(lambda: _checkpoint(output, checkpoints, settings, resume))
     strategy = {True: "steps", False: "epoch"}
     evaluates = validation is not None
+    if settings.early_stopping and not evaluates:
+        raise InputError("early stopping needs validation rows")
+    save_every = settings.evaluate_every if settings.early_stopping else settings.save_every
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=settings.epochs,
@@ -317,8 +321,8 @@ def finetune(
         optim=settings.optimizer,
         eval_strategy=strategy[settings.evaluate_every > 0] if evaluates else "no",
         eval_steps=settings.evaluate_every or None,
-        save_strategy=strategy[settings.save_every > 0],
-        save_steps=settings.save_every or 500,
+        save_strategy=strategy[save_every > 0],
+        save_steps=save_every or 500,
         save_total_limit=settings.keep,
         load_best_model_at_end=bool(settings.early_stopping),
         metric_for_best_model="eval_loss" if settings.early_stopping else None,
@@ -338,8 +342,6 @@ def finetune(
     )
     callbacks: list[Any] = [] if report is None else [_Reporter(report)]
     if settings.early_stopping:
-        if not evaluates:
-            raise InputError("early stopping needs validation rows")
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.early_stopping))
     trainer = AdapterTrainer(
         lora_plus_ratio=settings.lora_plus,
