@@ -43,6 +43,7 @@ def _section(path: Path) -> str:
     title = path.stem.replace("-", " ")
     about = ", ".join([environment["date"], machine, *versions, commit])
     rows = [{key: value for key, value in row.items() if value is not None} for row in stored["rows"]]
+    about += "".join(f"\n\n{note}" for note in stored.get("notes", []))
     return f"## {title[:1].upper()}{title[1:]}\n\n`{_command(stored)}`\n\n{about}\n\n{table(rows)}\n"
 
 
