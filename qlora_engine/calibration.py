@@ -153,6 +153,16 @@ def calibrate(
         unseen = [name for name, layer in collector.layers.items() if layer.kind == "none"]
         if unseen:
             notes.append(f"{len(unseen)} layers were fed no token, among them {unseen[0]}")
+        wide = [
+            name
+            for name, layer in collector.layers.items()
+            if layer.kind == "diagonal" and found[name].kind != "embedding"
+        ]
+        if wide:
+            notes.append(
+                f"{len(wide)} layers have more than {max_full_width} inputs, among them {wide[0]}: only the "
+                "diagonal of their second moment was kept"
+            )
         calibration = Calibration(
             layers={name: collector.layers[name] for name in found},
             tensors=collector.tensors,

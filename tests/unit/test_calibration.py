@@ -158,6 +158,17 @@ def test_layers_without_tokens_are_reported(make_model: Callable[..., Any]) -> N
     assert idle[0] not in list(calibration)
 
 
+def test_wide_layers_keep_a_diagonal_and_the_result_says_so(make_model: Callable[..., Any]) -> None:
+    found = calibrate(make_model("llama"), windows(40, 40), max_full_width=80)
+    name = "model.layers.0.mlp.down_proj"
+    assert found.notes == (
+        f"2 layers have more than 80 inputs, among them {name}: only the diagonal of their second moment was "
+        "kept",
+    )
+    assert found[name].shape == (96,)
+    assert found["model.layers.0.mlp.up_proj"].shape == (64, 64)
+
+
 def test_save_and_load(make_model: Callable[..., Any], tmp_path: Path) -> None:
     model = make_model("mixtral")
     calibration = calibrate(model, windows(90, 90), max_full_width=64)
