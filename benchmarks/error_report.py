@@ -3,11 +3,13 @@
     python -m benchmarks.error_report --suite weights      relative weight error, both models
     python -m benchmarks.error_report --suite layers       and the relative error of the layers' outputs
     python -m benchmarks.error_report --suite perplexity   and the language model's perplexity
+    python -m benchmarks.error_report --suite finetune     and that after a short fine-tuning from each start
 
-Each row has its peers beside it: plain quantisation to the same format ("plain") and PEFT's LoftQ ("peft", 4
-bits only). Layer outputs and perplexity are measured on text that calibration never saw. Weight and layer
-errors are geometric means over the Linears of ||E||_F / ||W||_F and sqrt(tr(E H E^T) / tr(W H W^T)), where E
-is what is missing from what would be stored.
+Each row has its peers beside it: plain quantisation to the same format ("plain"), PEFT's LoftQ ("peft", 4
+bits only) and, where it is fine-tuned, QLoRA's start ("qlora", B = 0). Layer outputs and perplexity are
+measured on text that calibration and training never saw. Weight and layer errors are geometric means over the
+Linears of ||E||_F / ||W||_F and sqrt(tr(E H E^T) / tr(W H W^T)), where E is what is missing from what would be
+stored.
 """
 
 from __future__ import annotations
@@ -28,13 +30,14 @@ from benchmarks.activations import input_moments, linears, perplexity
 from benchmarks.common import save, table
 from benchmarks.peers import peft_loftq
 from benchmarks.real_models import load, python_topics, windows
+from benchmarks.short_finetune import Start, finetune
 from qlora_engine import inits
 from qlora_engine.hessian import energy
 from quant import QuantizedTensor, QuantSpec, quantize
 
 FORMATS = {"weights": ("nf4", "fp4", "int4", "nf3", "int3", "nf2"), "layers": ("nf4", "nf3", "nf2")}
-FORMATS["perplexity"] = FORMATS["layers"]
-RANKS = {"weights": (8, 16, 64), "layers": (16,), "perplexity": (16,)}
+FORMATS |= dict.fromkeys(("perplexity", "finetune"), FORMATS["layers"])
+RANKS = {"weights": (8, 16, 64), "layers": (16,), "perplexity": (16,), "finetune": (16,)}
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,13 @@ class Candidate:
         """What would be stored for a float32 weight (out, in), dequantised and corrected, float32."""
         if self.method == "plain":
             return quantize(weight, self.spec, scales=self.scales).dequantize()
+        base, A, B = self.start(weight, hessian)
+        return base + B @ A
+
+    def start(self, weight: Tensor, hessian: Tensor | None) -> Start:
+        """The dequantised base (out, in), A (rank, in) and B (out, rank) at scaling 1, float32."""
         if self.method == "peft":
-            base, A, B = peft_loftq(weight, self.rank, self.iters)
-            return base + B @ A
+            return peft_loftq(weight, self.rank, self.iters)
         solved = inits.initialise(
             weight,
             method=self.method,
@@ -64,13 +71,15 @@ class Candidate:
             hessian=hessian,
         )
         assert isinstance(solved.base, QuantizedTensor)
-        return solved.base.dequantize(torch.float32) + solved.B.float() @ solved.A.float()
+        return solved.base.dequantize(torch.float32), solved.A.float(), solved.B.float()
 
 
 def candidates(suite: str, formats: list[str], *, block_size: int, peft: bool) -> Iterator[Candidate]:
     """The rows of a suite: for each format the plain ones, then by rank those with factors."""
     for name in formats:
         spec = QuantSpec(name, block_size)
+        if suite == "finetune":
+            yield Candidate("qlora", spec, RANKS[suite][0])
         for scales in ("absmax", "mse", "signed-mse") if suite == "weights" else ("absmax", "signed-mse"):
             yield Candidate("plain", spec, scales=scales)
         for rank in RANKS[suite]:
@@ -93,7 +102,7 @@ def candidates(suite: str, formats: list[str], *, block_size: int, peft: bool) -
 
 @dataclass
 class Measured:
-    """A row of the report. ``vs_plain`` is the row's last measure over that of plain absmax quantisation."""
+    """A row of the report. ``vs_plain``: its last measure over plain quantisation's (QLoRA's start's)."""
 
     model: str
     format: str
@@ -105,6 +114,7 @@ class Measured:
     weight_error: float
     layer_error: float | None = None
     perplexity: float | None = None
+    finetuned: float | None = None
     vs_plain: float | None = None
     seconds: float = 0.0
 
@@ -118,19 +128,28 @@ def measure(
     calibration: dict[str, Tensor],
     held_out: dict[str, Tensor],
     evaluation: Tensor | None,
+    training: Tensor | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> Measured:
-    """Solve every weight; with ``evaluation`` tokens, also run the model with what would be stored."""
+    """Solve every weight; with ``evaluation`` tokens, also run the model with what would be stored, and with
+    ``training`` tokens fine-tune it from there."""
     weight_logs, layer_logs, seconds = [], [], 0.0
     modules = linears(model)
+    starts: dict[str, Start] = {}
     for name, weight in weights.items():
-        start = time.perf_counter()
-        stored = candidate.solve(weight, calibration.get(name))
-        seconds += time.perf_counter() - start
+        began = time.perf_counter()
+        if training is not None:
+            starts[name] = candidate.start(weight, calibration.get(name))
+            base, A, B = starts[name]
+            stored = base + B @ A
+        else:
+            stored = candidate.solve(weight, calibration.get(name))
+        seconds += time.perf_counter() - began
         error = weight - stored
         weight_logs.append(0.5 * math.log(energy(error, None) / energy(weight, None)))
         if name in held_out:
             layer_logs.append(0.5 * math.log(energy(error, held_out[name]) / energy(weight, held_out[name])))
-        if evaluation is not None:
+        if evaluation is not None and training is None:
             modules[name].weight.data.copy_(stored)
     row = Measured(
         model_name,
@@ -144,7 +163,9 @@ def measure(
         layer_error=math.exp(sum(layer_logs) / len(layer_logs)) if layer_logs else None,
         seconds=seconds,
     )
-    if evaluation is not None:
+    if evaluation is not None and training is not None:
+        row.perplexity, row.finetuned = finetune(model, starts, training, evaluation, **(settings or {}))
+    elif evaluation is not None:
         row.perplexity = perplexity(model, evaluation)
         for name, weight in weights.items():
             modules[name].weight.data.copy_(weight)
@@ -156,7 +177,8 @@ def run(arguments: argparse.Namespace) -> list[Measured]:
     rows: list[Measured] = []
     text = Path(arguments.text).read_text() if arguments.text else python_topics()
     calibration_text = Path(arguments.calibration_text).read_text() if arguments.calibration_text else None
-    names = ["smollm2"] if arguments.suite == "perplexity" else arguments.model
+    generates = arguments.suite in ("perplexity", "finetune")
+    names = ["smollm2"] if generates else arguments.model
     for model_name in names:
         model, tokenizer = load(model_name)
         cut = {"count": arguments.windows, "length": min(arguments.length, tokenizer.model_max_length)}
@@ -171,7 +193,9 @@ def run(arguments: argparse.Namespace) -> list[Measured]:
         with_outputs = arguments.suite != "weights"
         calibration = input_moments(model, seen, chosen) if with_outputs else {}
         held_out = input_moments(model, unseen, chosen) if with_outputs else {}
-        evaluation = unseen if arguments.suite == "perplexity" else None
+        evaluation = unseen if generates else None
+        training = seen if arguments.suite == "finetune" else None
+        settings = {"steps": arguments.steps, "batch": arguments.batch, "rate": arguments.learning_rate}
         if evaluation is not None:
             rows.append(_untouched(model_name, model, evaluation))
         plain: dict[str, float] = {}
@@ -179,8 +203,10 @@ def run(arguments: argparse.Namespace) -> list[Measured]:
         for candidate in candidates(
             arguments.suite, chosen_formats, block_size=arguments.block_size, peft=not arguments.skip_peft
         ):
-            if arguments.methods and candidate.method not in ("plain", *arguments.methods):
+            if arguments.methods and candidate.method not in ("plain", "qlora", *arguments.methods):
                 continue
+            if training is not None and candidate.method == "plain":
+                continue  # nothing of it trains
             row = measure(
                 model_name,
                 model,
@@ -189,9 +215,11 @@ def run(arguments: argparse.Namespace) -> list[Measured]:
                 calibration=calibration,
                 held_out=held_out,
                 evaluation=evaluation,
+                training=training,
+                settings=settings,
             )
-            last = row.perplexity or row.layer_error or row.weight_error
-            if candidate.method == "plain" and candidate.scales == "absmax":
+            last = row.finetuned or row.perplexity or row.layer_error or row.weight_error
+            if candidate.method in ("plain", "qlora") and candidate.scales == "absmax":
                 plain[row.format] = last
             row.vs_plain = last / plain[row.format]
             rows.append(row)
@@ -210,7 +238,7 @@ def _untouched(model_name: str, model: nn.Module, evaluation: Tensor) -> Measure
 
 
 def _say(row: Measured) -> None:
-    measures = [row.weight_error, row.layer_error, row.perplexity]
+    measures = [row.weight_error, row.layer_error, row.perplexity, row.finetuned]
     found = " ".join(f"{value:.4g}" for value in measures if value is not None)
     setting = f"{row.format} {row.method} rank {row.rank} iterations {row.iters} {row.scales}"
     print(f"{row.model} {setting}: {found} ({row.seconds:.1f} s)", file=sys.stderr, flush=True)
@@ -226,6 +254,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", help="only these methods, beside the plain rows")
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth Linear")
+    parser.add_argument("--steps", type=int, default=30, help="fine-tuning steps (default 30)")
+    parser.add_argument("--batch", type=int, default=4, help="windows a step (default 4)")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of AdamW (default 0.0002)")
     parser.add_argument("--windows", type=int, default=32, help="windows of text (default 32)")
     parser.add_argument("--length", type=int, default=512, help="tokens a window (default 512)")
     parser.add_argument("--text", metavar="FILE", help="held-out text (default: Python's own topics)")

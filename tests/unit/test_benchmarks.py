@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import activations, common, real_models, results
+from benchmarks import activations, common, error_report, real_models, results, short_finetune
 from qlora_engine import inits
 from quant import QuantSpec
 
@@ -116,3 +116,36 @@ def test_peft_peer_finds_what_ours_finds(iters: int) -> None:
     assert ours.error <= 1.001 * theirs
     if iters == 1:
         assert ours.error == pytest.approx(theirs, rel=1e-3)
+
+
+def test_short_finetune_trains_the_factors_and_restores_the_model(make_model: Callable[..., Any]) -> None:
+    model = make_model("llama")
+    tokens = torch.randint(3, 384, (6, 32))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = {name: module.weight.detach() for name, module in activations.linears(model).items()}
+    arguments = {"steps": 12, "batch": 2, "rate": 5e-3}
+    found = {}
+    for method, iters in (("qlora", 1), ("loftq", 5)):
+        candidate = error_report.Candidate(method, QuantSpec("nf2"), 8, iters)
+        starts = {name: candidate.start(weight, None) for name, weight in weights.items()}
+        found[method] = short_finetune.finetune(model, starts, tokens, tokens, **arguments)
+    for untrained, trained in found.values():
+        assert trained < untrained  # on the very rows it is trained on
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    plain = error_report.Candidate("plain", QuantSpec("nf2"))
+    for name, weight in weights.items():
+        model.get_submodule(name).weight.data = plain.solve(weight, None)
+    # QLoRA's start is plain quantisation until it is trained
+    assert found["qlora"][0] == pytest.approx(activations.perplexity(model, tokens), rel=1e-5)
+
+
+def test_finetune_suite_puts_the_peers_in(make_model: Callable[..., Any]) -> None:
+    rows = [
+        (candidate.method, candidate.iters)
+        for candidate in error_report.candidates("finetune", ["nf4"], block_size=64, peft=True)
+        if candidate.method != "plain"
+    ]
+    assert rows[0] == ("qlora", 0)
+    assert {("peft", 1), ("peft", 5), ("loftq", 5), ("recipe", 1)} <= set(rows)
