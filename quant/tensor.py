@@ -16,6 +16,8 @@ from quant.spec import NESTED_BLOCK_SIZE, QuantSpec
 
 SCALE_RULES = ("absmax", "mse", "signed-mse")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST_SCALE = 1e35  # 255 times it, and its like with a search's factor, are finite
+_FLOAT16_MAX = torch.finfo(torch.float16).max
 _TENSORS = ("codes", "scales", "zeros", "nested_scales", "nested_offset", "nested_map")
 
 
@@ -236,7 +238,8 @@ def quantize(
         name: Named in the error if the weight isn't finite.
 
     Raises:
-        ValueError: NaN or inf in the weight, unknown rule, importance of another shape or with absmax.
+        ValueError: NaN, inf or values near float32's largest in the weight, values beyond float16's in what
+            is kept of a float16 weight, unknown rule, importance of another shape or with absmax.
         TypeError: another dtype. RuntimeError: the backend can't run.
     """
     if scales not in SCALE_RULES:
@@ -261,7 +264,31 @@ def quantize(
             nested = search_nested_scales(weight, spec, nested, zeros, importance)
             dense = double_dequantize(*nested)
         codes = _encode(weight, spec, dense, zeros)
-    return _assemble(codes, dense, nested, zeros, weight.shape, weight.dtype, spec)
+    q = _assemble(codes, dense, nested, zeros, weight.shape, weight.dtype, spec)
+    refuse_overflow(q, name)
+    return q
+
+
+def refuse_overflow(q: QuantizedTensor, name: str | None = None) -> None:
+    """Look whether every value of a float16 weight is one.
+
+    Levels beyond a block's largest element are in use where scales were searched, and in affine formats.
+
+    Raises:
+        ValueError: a value beyond float16's largest.
+    """
+    if q.dtype != torch.float16 or not q.numel:
+        return
+    levels = q.spec.fmt.levels
+    reach = max(levels) - min(levels) if q.spec.fmt.affine else max(map(abs, levels))
+    if q.dense_scales().abs().max().item() * reach < _FLOAT16_MAX:
+        return
+    largest = q.dequantize(torch.float32).abs().max().item()
+    if largest > _FLOAT16_MAX:
+        raise ValueError(
+            f"{_title(name)} {tuple(q.shape)} would have values up to {largest:.6g}, beyond float16's 65504; "
+            "quantise it as bfloat16 or float32"
+        )
 
 
 def encode(weight: Tensor, spec: QuantSpec, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
@@ -350,11 +377,17 @@ def _check_scales(numel: int, spec: QuantSpec, scales: Tensor, zeros: Tensor | N
 
 def _refuse_non_finite(scales: Tensor, weight: Tensor, name: str | None) -> None:
     """A NaN or inf shows in its block's scale, which is 1/block_size of the data to look at."""
-    if not torch.isfinite(scales).all():
+    if not (scales.abs() < _LARGEST_SCALE).all():
         bad = int((~torch.isfinite(weight)).sum())
+        if bad:
+            raise ValueError(
+                f"{_title(name)} {tuple(weight.shape)} has {bad} elements that are NaN or inf; "
+                "only finite weights can be quantised"
+            )
+        largest = weight.abs().max().item()
         raise ValueError(
-            f"{_title(name)} {tuple(weight.shape)} has {bad} elements that are NaN or inf; "
-            "only finite weights can be quantised"
+            f"{_title(name)} {tuple(weight.shape)} has values up to {largest:.3g}: too near to float32's "
+            "largest for scales and errors to be finite"
         )
 
 

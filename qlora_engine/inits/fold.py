@@ -16,8 +16,11 @@ from qlora_engine.hessian import ieee_float32
 from qlora_engine.inits.method import InitRequest, Method, Solution, frobenius, relative
 from qlora_engine.lowrank import LowRankFactors, check_rank
 from quant import QuantizedTensor, QuantSpec, quantize
+from quant.tensor import refuse_overflow
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Beyond these float32 holds no scales of a weight, or no squares of its outputs.
+_LARGEST_NORM, _LARGEST_NORM_SQUARED = 1e35, 1e19
 _ROWS = 1024  # of the error multiplied by the second moment at once
 
 
@@ -95,8 +98,9 @@ def initialise(
             whiten, kind, name.
 
     Raises:
-        InputError: rank out of range, scaling not positive, NaN or inf in the weight, a missing spec or
-            second moment, one of the wrong shape, an unknown method, or what InitRequest refuses.
+        InputError: rank out of range, scaling not positive, NaN or inf or a norm near float32's limits in the
+            weight, a missing spec or second moment, one of the wrong shape or with impossible values, a
+            float16 result beyond its range, an unknown method, or what InitRequest refuses.
         TypeError: the weight is not floating point, or an unknown option.
     """
     began = time.perf_counter()
@@ -183,6 +187,12 @@ def _checked(
         if given is not None and given.shape not in shapes:
             expected = " or ".join(map(str, shapes))
             raise InputError(f"{title}: {field} has shape {tuple(given.shape)}, expected {expected}")
+    if request.hessian is not None:
+        diagonal_ = request.hessian.diagonal() if request.hessian.ndim == 2 else request.hessian
+        if not bool(torch.isfinite(request.hessian.sum())):
+            raise InputError(f"{title}: the second moment of its inputs holds values that are not finite")
+        if bool((diagonal_ < 0).any()):
+            raise InputError(f"{title}: the second moment of its inputs has a negative diagonal entry")
     only_diagonal = request.hessian is not None and request.hessian.ndim == 1
     if only_diagonal and method.needs_hessian and not method.diagonal_hessian:
         raise InputError(f"{title}: {method.name} needs the whole second moment, not its diagonal alone")
@@ -191,6 +201,9 @@ def _checked(
     if not math.isfinite(norm):
         bad = int((~torch.isfinite(W)).sum())
         raise InputError(f"{title} {tuple(W.shape)} has {bad} elements that are NaN or inf")
+    largest = _LARGEST_NORM if request.hessian is None else _LARGEST_NORM_SQUARED
+    if norm > largest:
+        raise InputError(f"{title} has a norm of {norm:.3g}; at most {largest:.0e} can be solved in float32")
     return W, norm
 
 
@@ -216,8 +229,17 @@ def _stored(
 
 
 def _as_dtype(base: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
-    """The same codes, to be dequantised to the original's dtype (float64 has no kernels: float32)."""
-    return dataclasses.replace(base, dtype=torch.float32 if dtype == torch.float64 else dtype)
+    """The same codes, to be dequantised to the original's dtype (float64 has no kernels: float32).
+
+    Raises:
+        InputError: values beyond float16's largest.
+    """
+    found = dataclasses.replace(base, dtype=torch.float32 if dtype == torch.float64 else dtype)
+    try:
+        refuse_overflow(found)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return found
 
 
 def _left(
