@@ -146,6 +146,7 @@ def obtain(
             windows,
             [layer.path for layer in plan.layers if layer.module.kind != "embedding"],
             device=device,
+            max_full_width=widest_full_moment(_memory(device)),
             sensitivity_windows=SENSITIVITY_WINDOWS if sensitivities else 0,
             save_to=path,
             progress=progress,
@@ -208,6 +209,22 @@ def share_out(
 def _width(spec: QuantSpec) -> str:
     """A spec as ``options.parse_width`` reads it."""
     return f"{spec.format}/{spec.block_size}/{'double' if spec.double_quant else 'plain'}"
+
+
+def widest_full_moment(memory: int) -> int:
+    """Inputs up to which a whole second moment can be solved in with so many bytes of memory.
+
+    Measured: solving holds 9 float32 matrices of its size at the peak (width 4096, 256 outputs), besides the
+    weight's own workspace; it may take up to half of what there is.
+    """
+    return int((memory / 2 / (9 * 4)) ** 0.5)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that the device has in all: the same at every run."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _window(source: Source, plan: Plan) -> int | None:

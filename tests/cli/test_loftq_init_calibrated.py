@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_engine import PeftModel, inits
+from qlora_engine import PeftModel, calibrated_run, inits
 from qlora_engine.loading import from_pretrained
 from qlora_engine.report import RunReport
 
@@ -74,6 +74,19 @@ def test_recipe_is_the_default_with_texts_and_beats_loftq(model: Path, texts: Pa
     assert loftq.code == 0
     c = RunReport.read(tmp_path / "c")
     assert sum(ly.output_error or 0 for ly in a.layers) < 0.8 * sum(ly.output_error or 0 for ly in c.layers)
+
+
+def test_what_memory_allows_decides_how_wide_a_moment_may_be(
+    model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert calibrated_run.widest_full_moment(16 << 30) >= 14336
+    assert calibrated_run.widest_full_moment(8 << 30) < 14336
+    monkeypatch.setattr(calibrated_run, "_memory", lambda device: 2 * 9 * 4 * 80**2)
+    done = invoke(model, tmp_path / "out", "--bits", 3, "--rank", 4, "--calibration", texts, "--window", 64)
+    assert done.code == 0, done.err
+    report = RunReport.read(tmp_path / "out")
+    assert any("layers have more than 80 inputs" in note for note in report.notes)
+    assert all((layer.output_error or 1) < (layer.output_error_plain or 0) for layer in report.layers)
 
 
 def test_budget_is_kept_and_used(model: Path, texts: Path, tmp_path: Path) -> None:
