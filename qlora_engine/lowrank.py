@@ -63,7 +63,7 @@ class LowRankFactors:
         alive = 1e-6 * S[..., :1] < S  # (r,): below that float32 knows no direction
         root = torch.where(alive, S, 0).sqrt()
         generator = torch.Generator(device=Vh.device).manual_seed(0)
-        noise = torch.randn(Vh.shape, generator=generator, device=Vh.device) / Vh.shape[-1] ** 0.5
+        noise = torch.randn(Vh.shape[-2:], generator=generator, device=Vh.device) / Vh.shape[-1] ** 0.5
         A = torch.where(alive.unsqueeze(-1), root.unsqueeze(-1) * Vh, noise)  # (r, in)
         return cls(A, U * root.unsqueeze(-2))
 
@@ -98,7 +98,8 @@ def truncated_svd(
         start: Warm start, (..., in, k): directions near the leading right singular vectors, such as ``Vh.mT``
             of a similar matrix. One application then suffices, if they are near. Only
             ``"fast"`` uses it.
-        seed: Of the random block, which is drawn on M's device: same seed and device, same result.
+        seed: Of the random block, which is drawn on M's device: same seed and device, same result. All
+            matrices of a batch get the same block, so that each is solved as it is alone, up to rounding.
         applications: Multiplications by ``M^T M``, at least 0. By default 5; with ``start`` 1, and 2
             for a rank above 1/12 of the shorter side.
         oversample: Columns of a block beyond ``rank``. The block is rounded up to a multiple of 16, because
@@ -138,7 +139,8 @@ def truncated_svd(
     wide = M.shape[-2] < M.shape[-1]
     R = M.mT if wide else M  # (..., longer, shorter)
     generator = torch.Generator(device=M.device).manual_seed(seed)
-    block = torch.randn((*M.shape[:-2], shorter, width), generator=generator, device=M.device)
+    block = torch.randn((shorter, width), generator=generator, device=M.device)
+    block = block.expand(*M.shape[:-2], shorter, width).clone()
     if start is not None:
         lead = start[..., :width].float()
         block[..., : lead.shape[-1]] = M @ lead if wide else lead
@@ -180,7 +182,7 @@ def _extension(K: Tensor, block: Tensor, generator: torch.Generator) -> Tensor:
     """
     block = _orthogonalised(block - K @ (K.mT @ block))
     length = torch.linalg.vector_norm(block, dim=-2, keepdim=True)  # 1, or less where a column is dependent
-    noise = torch.randn(block.shape, generator=generator, device=block.device) / block.shape[-2] ** 0.5
+    noise = torch.randn(block.shape[-2:], generator=generator, device=block.device) / block.shape[-2] ** 0.5
     block = torch.where(length > 0.5, block, noise)
     for _ in range(2):  # twice is enough (Kahan), counted from the columns just drawn
         block = _orthogonalised(block - K @ (K.mT @ block))

@@ -32,6 +32,7 @@ from .report_html import write_html
 from .safetensors_io import TensorEntry, read_header, write_file
 from .serialise import model_config, rest_tensor
 from .solve import SolvedLayer, solve_layer
+from .solve_ahead import solve_ahead
 from .targets import get_pattern_key
 from .workspace import Workspace
 
@@ -296,7 +297,13 @@ def _write_weights(
 def _solve(
     plan: Plan, layers: list[LayerPlan], device: torch.device, calibration: Calibration | None
 ) -> Iterator[SolvedLayer]:
-    """Solve in order, while a thread reads the next weight."""
+    """Solve in order, while a thread reads the next weight.
+
+    On a GPU without calibration layers of one shape are solved together: equal up to rounding, not to the byte.
+    """
+    if device.type == "cuda" and calibration is None:
+        yield from solve_ahead(plan, layers, device)
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
         upcoming = reader.submit(layers[0].entry.read) if layers else None
         for number, layer in enumerate(layers):

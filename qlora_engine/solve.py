@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from quant import QuantizedTensor
 from .adapter_io import factor_names
 from .calibration_result import Calibration
 from .fingerprint import dense_digest, module_digest
-from .inits import Initialised, embedding_factors, get, initialise
+from .inits import Initialised, embedding_factors, get, initialise, initialise_many
 from .plan import LayerPlan, Plan
 from .report import LayerReport
 from .safetensors_io import DenseTensor
@@ -62,8 +64,7 @@ def solve_layer(
     """
     began = time.perf_counter()
     options, kind = plan.options, layer.module.kind
-    W = weight.to(device)
-    W = W.T.contiguous() if kind == "conv1d" else W  # (out, in)
+    W = _as_solved(layer, weight, device)
     # Without an adapter: plain quantisation, measured in the same place; its factors are dropped.
     method, scales, note = options.method if layer.rank else "qlora", options.scales, ""
     hessian = None
@@ -79,17 +80,78 @@ def solve_layer(
         method=method,
         hessian=hessian,
         damping=options.damping,
-        rank=layer.rank or 1,
-        spec=layer.spec,
-        scaling=layer.scaling,
-        factor_dtype=getattr(torch, options.adapter_dtype),
-        iters=options.iters,
         scales=scales,
-        svd=options.svd,
-        seed=options.seed,
         kind="embedding" if kind == "embedding" else "linear",
         name=layer.entry.name,
+        **_common(plan, layer),
     )
+    return _solved(plan, layer, W, solved, note, began)
+
+
+def may_share(plan: Plan, layer: LayerPlan) -> tuple[Any, ...] | None:
+    """A key: layers that have it in common can go through ``solve_group`` together. None: it cannot."""
+    if not layer.rank or layer.module.kind == "embedding" or get(plan.options.method).solve_many is None:
+        return None
+    shape, kind = tuple(layer.module.shape), layer.module.kind
+    return (shape, kind, layer.entry.dtype, layer.spec, layer.rank, layer.scaling)
+
+
+def solve_group(
+    plan: Plan, layers: Sequence[LayerPlan], weights: Sequence[Tensor], device: torch.device
+) -> list[SolvedLayer]:
+    """``solve_layer``, without calibration, for layers of one key at once; the same up to rounding.
+
+    Args:
+        plan: The run's.
+        layers: Layers of one ``may_share`` key.
+        weights: One a layer, as they lie on disk, or on the device already.
+        device: To compute on.
+
+    Raises:
+        InputError: as ``solve_layer``.
+    """
+    began = time.perf_counter()
+    solved = initialise_many(
+        [_as_solved(layer, weight, device) for layer, weight in zip(layers, weights, strict=True)],
+        [layer.entry.name for layer in layers],
+        method=plan.options.method,
+        scales=plan.options.scales,
+        **_common(plan, layers[0]),
+    )
+    share = (time.perf_counter() - began) / len(layers)
+    results = []
+    for layer, weight, found in zip(layers, weights, solved, strict=True):
+        W = _as_solved(layer, weight, device)
+        # as if it had begun so long ago that its share of the time has passed
+        results.append(_solved(plan, layer, W, found, "", time.perf_counter() - share))
+    return results
+
+
+def _as_solved(layer: LayerPlan, weight: Tensor, device: torch.device) -> Tensor:
+    """The weight on the device, (out, in); of an embedding (rows, dim)."""
+    W = weight.to(device)
+    return W.T.contiguous() if layer.module.kind == "conv1d" else W
+
+
+def _common(plan: Plan, layer: LayerPlan) -> dict[str, Any]:
+    """What ``initialise`` is told about every layer alike."""
+    options = plan.options
+    return {
+        "rank": layer.rank or 1,
+        "spec": layer.spec,
+        "scaling": layer.scaling,
+        "factor_dtype": getattr(torch, options.adapter_dtype),
+        "iters": options.iters,
+        "svd": options.svd,
+        "seed": options.seed,
+    }
+
+
+def _solved(
+    plan: Plan, layer: LayerPlan, W: Tensor, solved: Initialised, note: str, began: float
+) -> SolvedLayer:
+    """What is kept of a solution, and its report."""
+    kind = layer.module.kind
     assert isinstance(solved.base, QuantizedTensor)
     base = dataclasses.replace(solved.base, dtype=getattr(torch, plan.dtype))
     error, digest = solved.error, ""
@@ -133,7 +195,10 @@ def _corrects_nothing(solved: Initialised) -> bool:
 
 def _norm(W: Tensor) -> float:
     """||W||_F, summed over blocks of rows in float64."""
-    return sum(float(rows.float().square().sum(dtype=torch.float64)) for rows in W.split(_rows(W))) ** 0.5
+    total = torch.zeros((), dtype=torch.float64, device=W.device)
+    for rows in W.split(_rows(W)):
+        total += rows.float().square().sum(dtype=torch.float64)
+    return float(total) ** 0.5  # the device is waited for once
 
 
 def _rows(W: Tensor) -> int:
@@ -142,13 +207,13 @@ def _rows(W: Tensor) -> int:
 
 def _relative_error(W: Tensor, base: Tensor, solved: Initialised, layer: LayerPlan) -> float:
     """||W - base - scaling * B @ A||_F / ||W||_F for a base that was rounded to be saved."""
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=W.device)
     step = _rows(W)
     for start in range(0, W.shape[0], step):
         rows = slice(start, start + step)
         left = W[rows].float() - base[rows].float()
         if layer.rank:
             left.addmm_(solved.B[rows].float(), solved.A.float(), alpha=-layer.scaling)
-        total += float(left.square_().sum(dtype=torch.float64))
-    norm = _norm(W)
-    return total**0.5 / norm if norm else float(total > 0)
+        total += left.square_().sum(dtype=torch.float64)
+    squared, norm = float(total), _norm(W)
+    return squared**0.5 / norm if norm else float(squared > 0)

@@ -224,6 +224,7 @@ def quantize(
     importance: Tensor | None = None,
     backend: str = AUTO,
     name: str | None = None,
+    check: bool = True,
 ) -> QuantizedTensor:
     """Quantise a weight.
 
@@ -236,6 +237,7 @@ def quantize(
         importance: Weights of the squared error in a search, not negative: (in_features,) or as the weight.
         backend: ``auto`` or one of ``quant.backends.names()``, for the absmax rule.
         name: Named in the error if the weight isn't finite.
+        check: Whether to look for NaN and inf, which waits for a GPU. Without it they make their blocks NaN.
 
     Raises:
         ValueError: NaN, inf or values near float32's largest in the weight, values beyond float16's in what
@@ -253,19 +255,22 @@ def quantize(
     if scales == "absmax":
         codes, dense, zeros = torch.ops.quant.quantize(weight, spec.format, block_size, backend)
         zeros = zeros if fmt.affine else None
-        _refuse_non_finite(dense, weight, name)
+        if check:
+            _refuse_non_finite(dense, weight, name)
         nested = double_quantize(dense, signed=fmt.signed) if spec.double_quant else None
     else:
         signed = scales == "signed-mse" and not fmt.affine
         dense, zeros = search_scales(weight, spec, signed, importance)
-        _refuse_non_finite(dense, weight, name)
+        if check:
+            _refuse_non_finite(dense, weight, name)
         nested = double_quantize(dense, signed=signed or fmt.signed) if spec.double_quant else None
         if nested is not None:
             nested = search_nested_scales(weight, spec, nested, zeros, importance)
             dense = double_dequantize(*nested)
         codes = _encode(weight, spec, dense, zeros)
     q = _assemble(codes, dense, nested, zeros, weight.shape, weight.dtype, spec)
-    refuse_overflow(q, name)
+    if check:
+        refuse_overflow(q, name)
     return q
 
 

@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 
 from qlora_engine.errors import InputError
-from qlora_engine.inits.fold import Initialised, embedding_factors, initialise, moments
+from qlora_engine.inits.fold import Initialised, embedding_factors, initialise, initialise_many, moments
 from qlora_engine.inits.method import InitRequest, Method, Solution
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "embedding_factors",
     "get",
     "initialise",
+    "initialise_many",
     "moments",
     "names",
 ]

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from qlora_engine.inits.method import InitRequest, Method, Solution, frobenius, relative
+from qlora_engine.inits.method import (
+    InitRequest,
+    Method,
+    Solution,
+    frobenius,
+    frobenius_each,
+    relative,
+)
 from qlora_engine.lowrank import LowRankFactors, truncated_svd
 from quant import QuantizedTensor, quantize
 
@@ -81,6 +89,87 @@ def solve(weight: Tensor, request: InitRequest) -> Solution:
     return Solution(factors, base, tuple(trace), best, plain)
 
 
+def solve_many(weights: Tensor, requests: Sequence[InitRequest]) -> list[Solution]:
+    """``solve`` for weights of one shape (n, out, in) at once, without waiting for the device in between.
+
+    Which iterate is the best, and where the alternation would have ended, is read from the device once, at
+    the end: every iterate's codes and factors are kept until then, about 0.6 bytes a weight and iteration.
+    """
+    request, count = requests[0], len(weights)
+    spec = request.spec
+    assert spec is not None
+    norms = frobenius_each(weights)
+    work = torch.empty_like(weights)
+
+    def encode(targets: Tensor) -> list[QuantizedTensor]:
+        return [quantize(target, spec, scales=request.scales, check=False) for target in targets]
+
+    def residual(bases: list[QuantizedTensor]) -> None:
+        for base, out in zip(bases, work, strict=True):
+            base.dequantize(out=out)
+        torch.sub(weights, work, out=work)
+
+    def fit(matrices: Tensor, start: Tensor | None, applications: int | None = None) -> Triplets:
+        return truncated_svd(
+            matrices,
+            request.rank,
+            method=request.svd,
+            start=start,
+            seed=request.svd_seed,
+            applications=applications,
+        )
+
+    plain = bases = encode(weights)
+    residual(bases)
+    errors = [frobenius_each(work)]
+    start: Tensor | None = None
+    if request.start == "svd":
+        U, S, Vh = fit(weights, None, START_APPLICATIONS)
+        bases = encode(torch.baddbmm(weights, U * S.unsqueeze(-2), Vh, alpha=-1, out=work))
+        residual(bases)
+    iterates: list[tuple[list[QuantizedTensor], LowRankFactors]] = []
+    for iteration in range(1, request.iters + 1):
+        U, S, Vh = fit(work, start)
+        squared = frobenius_each(work).square() - S.double().square().sum(-1)
+        errors.append(squared.clamp_min(0).sqrt())
+        factors = LowRankFactors.from_svd(U, S, Vh)
+        iterates.append((bases, factors))
+        if iteration < request.iters:
+            bases = encode(torch.baddbmm(weights, factors.B, factors.A, alpha=-1, out=work))
+            residual(bases)
+            start = Vh.mT
+    measured = torch.stack([norms, *errors]).T.tolist()  # the one synchronisation
+    solutions = []
+    for i in range(count):
+        norm, *left = measured[i]
+        best, trace = _chosen([relative(error, norm) for error in left])
+        bases, factors = iterates[max(best, 1) - 1]
+        # clones: the others of the batch, and what belongs to them, can go
+        kept = LowRankFactors(factors.A[i].clone(), factors.B[i].clone())
+        base = bases[i]
+        if best == 0:
+            base, kept = plain[i], replace(kept, B=torch.zeros_like(kept.B))
+        solutions.append(Solution(kept, base, trace, best, trace[0] if request.scales == "absmax" else None))
+    return solutions
+
+
+def _chosen(trace: list[float]) -> tuple[int, tuple[float, ...]]:
+    """The iterate that ``solve`` keeps of this trace, and the trace up to where it would have stopped."""
+    best = 1
+    for i in range(2, len(trace)):
+        if trace[i] < trace[best]:
+            best = i
+        elif trace[i] > trace[i - 1]:
+            trace = trace[: i + 1]
+            break
+    return (0 if trace[0] <= trace[best] else best), tuple(trace)
+
+
 METHOD = Method(
-    "loftq", solve, source="Li et al. 2023, arXiv:2310.08659, Algorithm 1", corrects=True, quantizes=True
+    "loftq",
+    solve,
+    source="Li et al. 2023, arXiv:2310.08659, Algorithm 1",
+    corrects=True,
+    quantizes=True,
+    solve_many=solve_many,
 )

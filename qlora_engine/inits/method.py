@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +114,8 @@ class Method:
         needs_hessian: ``solve`` needs ``request.hessian``, and its objective is the output error.
         diagonal_hessian: ``solve`` also does with the diagonal of the second moment, (in,).
         variant: Makes the method of a name that begins with this one's, such as pissa_niter_4.
+        solve_many: (float32 weights (n, out, in), n requests that differ in their names alone) -> n
+            Solutions, each as ``solve`` gives it up to rounding; for GPUs, which one matrix does not fill.
     """
 
     name: str
@@ -124,6 +126,7 @@ class Method:
     needs_hessian: bool = False
     diagonal_hessian: bool = False
     variant: Callable[[str], Method] | None = None
+    solve_many: Callable[[Tensor, Sequence[InitRequest]], list[Solution]] | None = None
 
 
 def frobenius(X: Tensor) -> float:
@@ -134,6 +137,11 @@ def frobenius(X: Tensor) -> float:
     ):  # float32 squares may have under- or overflowed; the exact way is 20 times slower
         norm = float(torch.linalg.vector_norm(X, dtype=torch.float64))
     return norm
+
+
+def frobenius_each(X: Tensor) -> Tensor:
+    """||X||_F of each matrix (..., out, in), float64 (...) on X's device, whose squares float32 must hold."""
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(X, dim=-1).double(), dim=-1)
 
 
 def relative(part: float, whole: float) -> float:
