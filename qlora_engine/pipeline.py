@@ -299,7 +299,7 @@ def _solve(
 ) -> Iterator[SolvedLayer]:
     """Solve in order, while a thread reads the next weight.
 
-    On a GPU without calibration layers of one shape are solved together: equal up to rounding, not to the byte.
+    On a GPU without calibration layers of one shape are solved together, which is equal up to rounding.
     """
     if device.type == "cuda" and calibration is None:
         yield from solve_ahead(plan, layers, device)
