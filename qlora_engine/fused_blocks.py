@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from quant.linear_op import Weight, using_workspace, workspace
+from quant.linear_op import Weight, decoded, row_ranges, times, using_workspace, workspace
 
 from . import fused
 
@@ -170,17 +170,21 @@ class _SwigluMlp(torch.autograd.Function):
         gate_up = rows.new_empty(tokens, 2 * width + inner)  # the last columns serve backward
         first = 0
         for part, out in ((gate, gate_up[:, :width]), (up, gate_up[:, width : 2 * width])):
-            W = workspace(width * (hidden + inner), x.dtype, x.device).view(width, hidden + inner)
-            part.weight.decode(W[:, :hidden])
-            W[:, hidden:] = 0
-            torch.mul(part.B, part.scaling, out=W[:, hidden + first : hidden + first + len(part.A)])
-            torch.mm(xh, W.t(), out=out)
+            mine = slice(hidden + first, hidden + first + len(part.A))
+            for start, stop in row_ranges(width, hidden + inner):
+                size = (stop - start) * (hidden + inner)
+                W = workspace(size, x.dtype, x.device).view(stop - start, hidden + inner)
+                part.weight.decode(W[:, :hidden], start)
+                W[:, hidden:] = 0
+                torch.mul(part.B[start:stop], part.scaling, out=W[:, mine])
+                torch.mm(xh, W.t(), out=out[:, start:stop])
             first += len(part.A)
         h = xh[:, hidden : hidden + ranks].contiguous()
         del xh
         act = triton_blocks.swiglu(gate_up, rows.new_empty(tokens, width))
-        W = down.weight.decode(workspace(width * hidden, x.dtype, x.device).view(hidden, width))
-        y = act @ W.t()
+        y = rows.new_empty(tokens, hidden)
+        for start, stop, W in decoded(down.weight, x):
+            torch.mm(act, W.t(), out=y[:, start:stop])
         h_down = act @ down.A.to(x.dtype).t()
         y.addmm_(h_down, down.B.to(x.dtype).t(), alpha=down.scaling)
         ctx.parts = [
@@ -211,8 +215,7 @@ class _SwigluMlp(torch.autograd.Function):
         B = down.B.to(x.dtype)
         dh = torch.addmm(h_down, dy, B, beta=0, alpha=down.scaling)
         dB_down = torch.addmm(B, dy.t(), h_down, beta=0, alpha=down.scaling)
-        W = down.weight.decode(workspace(width * hidden, x.dtype, x.device).view(hidden, width))
-        d_act = dy @ W
+        d_act = times(dy, down.weight)
         d_act.addmm_(dh, down.A.to(x.dtype))
         triton_blocks.swiglu_backward(gate_up, d_act)
         dA_down = dh.t() @ d_act  # d_act holds the activation now
@@ -227,12 +230,16 @@ class _SwigluMlp(torch.autograd.Function):
         dB_gate = torch.mm(d_gate.t(), h[:, :r_gate]).mul_(gate.scaling)
         dB_up = torch.mm(d_up.t(), h[:, r_gate:]).mul_(up.scaling)
         dA = dh[:, :ranks].t() @ rows
-        W = gate.weight.decode(workspace(width * hidden, x.dtype, x.device).view(width, hidden))
-        dx = d_gate @ W
-        W = workspace((width + inner) * hidden, x.dtype, x.device).view(width + inner, hidden)
-        up.weight.decode(W[:width])
-        W[width:] = _padded(torch.cat([gate.A, up.A]).to(x.dtype), inner)
-        dx.addmm_(gate_up[:, width:], W)  # [d_up, dh] [W_up; A_gate; A_up]
+        dx = times(d_gate, gate.weight)
+        stacked = _padded(torch.cat([gate.A, up.A]).to(x.dtype), inner)
+        for start, stop in row_ranges(width, hidden):
+            last = inner if stop == width else 0
+            W = workspace((stop - start + last) * hidden, x.dtype, x.device).view(stop - start + last, hidden)
+            up.weight.decode(W[: stop - start], start)
+            if last:
+                W[stop - start :] = stacked
+            columns = slice(width + start, width + stop + last)
+            dx.addmm_(gate_up[:, columns], W)  # [d_up, dh] [W_up; A_gate; A_up]
         return (
             dx.reshape(x.shape),
             None,

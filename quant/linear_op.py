@@ -68,6 +68,12 @@ def _tile_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+def row_ranges(rows: int, columns: int) -> list[tuple[int, int]]:
+    """First and last row of the pieces in which a weight is decoded on a GPU; one, unless ``set_chunk``."""
+    step = rows if _chunk["elements"] is None else max(1, _chunk["elements"] // max(columns, 1))
+    return [(start, min(start + step, rows)) for start in range(0, rows, max(step, 1))]
+
+
 def _is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is captured on the device's stream; it need not be the current device."""
     if device.index in (None, torch.cuda.current_device()):
@@ -129,13 +135,17 @@ class Weight(NamedTuple):
         """As a QuantizedTensor on the same storage."""
         return as_quantized(self.tensors, self.spec, self.shape, dtype)
 
-    def decode(self, out: Tensor) -> Tensor:
-        """Dequantise into ``out``, (rows, columns); rows may be strided (on CUDA: multiples of 16 long)."""
+    def decode(self, out: Tensor, first: int = 0) -> Tensor:
+        """Dequantise rows from ``first`` on into ``out``, (so many rows, columns).
+
+        Its rows may be strided (on CUDA: multiples of 16 long).
+        """
         if not out.is_contiguous() and out.device.type != "cuda":
-            return out.copy_(self.decode(torch.empty_like(out, memory_format=torch.contiguous_format)))
+            return out.copy_(self.decode(torch.empty_like(out, memory_format=torch.contiguous_format), first))
         q = self.quantized()
         fields = (q.codes, q.scales, q.zeros, q.nested_scales, q.nested_offset, q.nested_map)
-        backends.decode(out, *fields, self.spec.format, self.spec.block_size, 0, backends.AUTO)
+        start = first * self.shape[1]
+        backends.decode(out, *fields, self.spec.format, self.spec.block_size, start, backends.AUTO)
         return out
 
 
@@ -144,15 +154,12 @@ def _whole(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _chunks(weight: Weight, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+def decoded(weight: Weight, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """First and last row and the decoded rows between, in the shared buffer and the dtype of ``like``."""
     rows, columns = weight.shape
-    step = rows if _chunk["elements"] is None else max(1, _chunk["elements"] // max(columns, 1))
-    q = weight.quantized() if step < rows else None
-    for start in range(0, rows, max(step, 1)):
-        stop = min(start + step, rows)
+    for start, stop in row_ranges(rows, columns):
         out = workspace((stop - start) * columns, like.dtype, like.device).view(stop - start, columns)
-        yield start, stop, weight.decode(out) if q is None else q.dequantize_rows(start, stop, out=out)
+        yield start, stop, weight.decode(out, start)
 
 
 def _float8(weight: Weight, transposed: bool, device: torch.device) -> Tensor:
@@ -185,10 +192,10 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(x.dtype)
         with using_workspace:
             if _chunk["elements"] is None:
-                _, _, dense = next(_chunks(weight, x))
+                _, _, dense = next(decoded(weight, x))
                 return torch.nn.functional.linear(x, dense, bias)
             y = x.new_empty(x.shape[0], rows)
-            for start, stop, dense in _chunks(weight, x):
+            for start, stop, dense in decoded(weight, x):
                 torch.mm(x, dense.t(), out=y[:, start:stop])
         return y if bias is None else y.add_(bias)
     q, dtype = _for_tiles(weight), _tile_dtype(x.dtype)
@@ -203,6 +210,16 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return y.to(x.dtype)
 
 
+def times(grad: Tensor, weight: Weight) -> Tensor:
+    """grad (tokens, out) @ W by way of the shared buffer, on a GPU: (tokens, in), a fresh tensor."""
+    dx: Tensor | None = None
+    with using_workspace:
+        for start, stop, dense in decoded(weight, grad):
+            part = grad[:, start:stop]
+            dx = part @ dense if dx is None else dx.addmm_(part, dense)
+    return grad.new_zeros(grad.shape[0], weight.shape[1]) if dx is None else dx
+
+
 def multiply_transposed(grad: Tensor, weight: Weight) -> Tensor:
     """grad (tokens, out) @ W -> (tokens, in), a fresh tensor in grad's dtype."""
     rows, columns = weight.shape
@@ -214,12 +231,7 @@ def multiply_transposed(grad: Tensor, weight: Weight) -> Tensor:
         if found is not None:
             return found
     if _whole(grad.device):
-        dx: Tensor | None = None
-        with using_workspace:
-            for start, stop, dense in _chunks(weight, grad):
-                part = grad[:, start:stop]
-                dx = part @ dense if dx is None else dx.addmm_(part, dense)
-        return grad.new_zeros(grad.shape[0], columns) if dx is None else dx
+        return times(grad, weight)
     q, dtype = _for_tiles(weight), _tile_dtype(grad.dtype)
     grad_tile = grad.to(dtype)
     total = torch.zeros(grad.shape[0], columns, dtype=dtype)
