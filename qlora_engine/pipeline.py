@@ -23,6 +23,7 @@ from .adapter_io import write_adapter
 from .calibration_result import Calibration
 from .checkpoint import CONFIG_FILE, shard_names, split_shards, write_index
 from .config import LoraConfig
+from .distributed import barrier, from_main, together, world
 from .errors import InputError
 from .files import copy_file, rename_into_place, write_json
 from .fingerprint import Fingerprint
@@ -99,6 +100,9 @@ def run(
 ) -> RunReport:
     """Carry out ``plan`` and put the result into ``out`` in one step.
 
+    Processes that torchrun started and ``distributed.join`` connected share the layers; the output has the
+    bytes that one process gives (on CPUs with the same number of threads; on GPUs up to rounding).
+
     Args:
         plan: From ``make_plan``.
         out: Folder to write; see ``Workspace.open`` for what may be there.
@@ -117,17 +121,28 @@ def run(
         OSError: disk full, a file vanished, ... Finished layers are kept for ``resume``.
     """
     began = time.perf_counter()
+    here = world()
     described = describe_run(plan, device, calibrated)
     _check_apart(plan.checkpoint.folder, out)
     list(plan.checkpoint.side_files())  # refuses links that lead out of the folder
-    Workspace.tidy(out)
-    if resume and (finished := _finished(out, described)) is not None:
-        return finished
-    workspace = Workspace.open(out, described, overwrite=overwrite, resume=resume)
-    try:
+    opened: list[Workspace] = []  # by the first process, for all
+
+    def begin() -> tuple[RunReport | None, list[int]]:
+        """The report of an output that is there, or the numbers of the layers that are to be solved."""
+        Workspace.tidy(out)
+        if resume and (finished := _finished(out, described)) is not None:
+            return finished, []
+        opened.append(Workspace.open(out, described, overwrite=overwrite, resume=resume))
+        if opened[0].is_done:
+            return None, []
+        _check_space(plan, opened[0])
+        pieces = _Pieces(opened[0].pieces)
+        return None, [layer.index for layer in plan.layers if not pieces.has(layer)]
+
+    def end(before: float) -> RunReport:
+        """Put everything together and in its place."""
+        workspace = opened[0]
         if not workspace.is_done:
-            _check_space(plan, workspace)
-            before = _write_weights(plan, workspace, device, progress, calibration)
             report = RunReport(
                 model=model or str(plan.checkpoint.folder),
                 command=command,
@@ -137,7 +152,7 @@ def run(
                 layers=(),
                 notes=plan.notes + _calibration_notes(calibration),
                 versions=versions(),
-                device=_device_name(device),
+                device=_device_name(device) + (f", {here.size} processes" if here.size > 1 else ""),
                 bytes_in=plan.checkpoint.nbytes,
             )
             _assemble(plan, workspace, report, out, lambda: before + time.perf_counter() - began)
@@ -147,12 +162,26 @@ def run(
         report = RunReport.read(workspace.root / "done")
         workspace.publish()
         return report
+
+    try:
+        finished, unsolved = from_main(begin)
+        if finished is not None:
+            return finished
+        root = Workspace.folder_for(Path(os.path.realpath(out)))
+        before = 0.0
+        if not (root / "done").exists():
+            before = _write_weights(plan, root, unsolved, device, progress, calibration)
+        return from_main(lambda: end(before))
     except InputError:
-        workspace.close(remove=True)
+        for workspace in opened:
+            workspace.close(remove=True)
         raise
     except BaseException:
-        kept = workspace.is_done or any(workspace.pieces.glob("*.done")) or any(workspace.result.iterdir())
-        workspace.close(remove=not kept)
+        for workspace in opened:
+            kept = (
+                workspace.is_done or any(workspace.pieces.glob("*.done")) or any(workspace.result.iterdir())
+            )
+            workspace.close(remove=not kept)
         raise
 
 
@@ -205,8 +234,8 @@ def _sizes(plan: Plan) -> dict[str, int]:
 class _Pieces:
     """Finished layers in the workspace: NUMBER.base until its shard is written, NUMBER.done to the end."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        self.folder = workspace.pieces
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def _path(self, layer: LayerPlan, kind: str) -> Path:
         return self.folder / f"{layer.index:05d}.{kind}"
@@ -218,7 +247,7 @@ class _Pieces:
         """Keep a layer. The second file says that both are whole; the sync of its name covers both."""
         facts = {"report": dumps(solved.report.to_json()), "digest": solved.digest}
         base, done = self._path(layer, "base"), self._path(layer, "done")
-        temporary = self.folder / "piece.tmp"
+        temporary = self.folder / f"piece-{world().rank}.tmp"
         write_file(temporary, solved.base)
         os.replace(temporary, base)
         write_file(temporary, solved.factors, facts)
@@ -251,47 +280,87 @@ def _calibration_notes(calibration: Calibration | None) -> tuple[str, ...]:
 
 def _write_weights(
     plan: Plan,
-    workspace: Workspace,
+    root: Path,
+    unsolved: list[int],
     device: torch.device,
     progress: Progress | None,
     calibration: Calibration | None,
 ) -> float:
-    """Solve what is not solved yet and write every shard that is not written yet; seconds of earlier runs."""
-    pieces = _Pieces(workspace)
+    """Solve what is not solved yet and write every shard that is not written yet; seconds of earlier runs.
+
+    Several processes solve the layers of a shard together; then the first writes it while the others go on.
+    """
+    here = world()
+    pieces, result = _Pieces(root / "pieces"), root / "result"
+    report = progress if progress is not None and here.is_main else lambda *_: None
     earlier = 0.0
     for layer in plan.layers:
-        if pieces.has(layer):
-            report, _ = pieces.facts(layer)
-            earlier += report.seconds
-            if progress is not None:
-                progress(report, True)
+        if layer.index not in unsolved:
+            facts, _ = pieces.facts(layer)
+            earlier += facts.seconds
+            report(facts, True)
     by_name = {layer.entry.name: layer for layer in plan.layers}
     sizes = _sizes(plan)
     runs = split_shards(list(sizes.values()), plan.options.max_shard_size)
     names = list(sizes)
-    solved = _solve(plan, [layer for layer in plan.layers if not pieces.has(layer)], device, calibration)
-    for run_, file_name in zip(runs, shard_names(len(runs)), strict=True):
-        if (workspace.result / file_name).exists():
-            continue
-        members = [names[position] for position in run_]
+    work = [
+        ([names[position] for position in run_], file_name)
+        for run_, file_name in zip(runs, shard_names(len(runs)), strict=True)
+        if not (result / file_name).exists()
+    ]
+    todo = [
+        [by_name[name] for name in members if name in by_name and by_name[name].index in unsolved]
+        for members, _ in work
+    ]
+    barrier()  # all have looked at what is there before the first file is added
+    mine = _share(todo, here.rank, here.size)
+    solved = _solve(plan, [layer for layers in mine for layer in layers], device, calibration)
+
+    def write(members: list[str], file_name: str) -> None:
         layers = [by_name[name] for name in members if name in by_name]
-        for layer in layers:
-            if not pieces.has(layer):
-                result = next(solved)
-                pieces.put(layer, result)
-                if progress is not None:
-                    progress(result.report, False)
         tensors: list[Any] = [
             rest_tensor(plan, plan.checkpoint.tensors[n]) for n in members if n not in by_name
         ]
         for layer in layers:
             tensors += pieces.base(layer)
-        temporary = workspace.pieces / "shard.tmp"
+        temporary = pieces.folder / "shard.tmp"
         write_file(temporary, tensors, {"format": "pt"})
-        rename_into_place(temporary, workspace.result / file_name)
+        rename_into_place(temporary, result / file_name)
         for layer in layers:
             pieces.drop_base(layer)
+
+    def turn(number: int) -> None:
+        """Write the shard before this one, solve this one's layers."""
+        if number and here.is_main:
+            write(*work[number - 1])
+        for layer in mine[number] if number < len(work) else ():
+            found = next(solved)
+            pieces.put(layer, found)
+            report(found.report, False)
+
+    for number in range(len(work) + 1):
+        together(lambda number=number: turn(number))  # type: ignore[misc]
+        if here.is_main and number < len(work):
+            for layer in todo[number]:
+                if layer not in mine[number]:
+                    report(pieces.facts(layer)[0], False)
     return earlier
+
+
+def _share(todo: list[list[LayerPlan]], rank: int, size: int) -> list[list[LayerPlan]]:
+    """The layers that process ``rank`` of ``size`` solves, shard by shard: the largest first, each to the
+    process that has least; in their own order within a shard."""
+    loads = [0] * size
+    shares = []
+    for layers in todo:
+        taken = set()
+        for layer in sorted(layers, key=lambda layer: (-layer.entry.numel, layer.index)):
+            least = loads.index(min(loads))
+            loads[least] += layer.entry.numel
+            if least == rank:
+                taken.add(layer.index)
+        shares.append([layer for layer in layers if layer.index in taken])
+    return shares
 
 
 def _solve(
@@ -319,7 +388,7 @@ def _assemble(
     plan: Plan, workspace: Workspace, report: RunReport, out: Path, seconds: Callable[[], float]
 ) -> None:
     """Everything of the output but the shards."""
-    result, pieces = workspace.result, _Pieces(workspace)
+    result, pieces = workspace.result, _Pieces(workspace.pieces)
     shards = sorted(result.glob("model*.safetensors"))
     for path in result.iterdir():
         if path not in shards:  # of an assembly that was cut off

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from qlora_engine import inits
+from qlora_engine import distributed, inits
 from qlora_engine.cli import common
 from qlora_engine.errors import InputError
 from qlora_engine.options import FORMAT_OF_BITS, InitOptions, default_iters, init_methods
@@ -88,11 +88,12 @@ def execute(model: str, out: Path, given: dict[str, Any], command: str) -> int:
 
     source = _source(given)
     device = pipeline.choose_device(given["device"])
+    is_main = distributed.join(device.type).is_main  # of the processes of torchrun, if it started this
     folder = find_model(model, revision=given["revision"], code=options.trust_remote_code)
     checkpoint = Checkpoint.open(folder)
     architecture = read_architecture(folder, checkpoint.config, trust_remote_code=options.trust_remote_code)
     plan = make_plan(checkpoint, architecture, options)
-    quiet, as_json = given["quiet"], given["as_json"]
+    quiet, as_json = given["quiet"] or not is_main, given["as_json"] and is_main
     screen = common.console(sys.stdout, quiet=quiet or as_json)
     if as_json:
         common.emit(dumps({"event": "plan", **plan_facts(plan)}))
@@ -107,7 +108,7 @@ def execute(model: str, out: Path, given: dict[str, Any], command: str) -> int:
     calibration, identity = None, None
     if source.given or given["budget"] is not None:
         check_output(out, overwrite=given["overwrite"] or given["resume"])
-    with calibrated_run.alone(source, out):
+    with calibrated_run.alone(source, out) if is_main else nullcontext():
         try:
             if source.given or given["budget"] is not None:
                 plan, calibration, identity = _calibrated(plan, out, source, given, device, screen)
@@ -125,9 +126,13 @@ def execute(model: str, out: Path, given: dict[str, Any], command: str) -> int:
                     calibrated=identity,
                 )
         except InputError:
-            calibrated_run.forget(source, out)
+            if is_main:
+                calibrated_run.forget(source, out)
             raise
-        calibrated_run.forget(source, out)
+        if is_main:
+            calibrated_run.forget(source, out)
+    if not is_main:
+        return 0
     if as_json:
         common.emit(dumps({"event": "done", "out": str(out)} | run_facts(report)))
     screen.print(summary(report))
@@ -164,15 +169,23 @@ def _calibrated(
     from qlora_engine.plan import make_plan
 
     calibration, identity = None, None
-    quiet = given["quiet"] or given["as_json"]
+    is_main = distributed.world().is_main
+    quiet = given["quiet"] or given["as_json"] or not is_main
     if source.given:
         log = None if quiet else _CalibrationLog().update
-        calibration, identity = calibrated_run.obtain(
-            source, plan, out, device, sensitivities=given["budget"] is not None, progress=log
-        )
+
+        def obtain() -> Any:
+            return calibrated_run.obtain(
+                source, plan, out, device, sensitivities=given["budget"] is not None, progress=log
+            )
+
+        made = distributed.together(lambda: obtain() if is_main else None)
+        calibration, identity = distributed.together(lambda: made or obtain())  # others read what one made
     if given["budget"] is None:
         return plan, calibration, identity
-    options, _, notes = calibrated_run.share_out(plan, given["budget"], calibration, device)
+    options, notes = distributed.from_main(
+        lambda: calibrated_run.share_out(plan, given["budget"], calibration, device)[::2]
+    )
     plan = make_plan(plan.checkpoint, plan.architecture, options)
     plan = replace(plan, notes=plan.notes + notes)
     screen.print(plan_table(plan), *(Text(note) for note in notes))
