@@ -91,8 +91,8 @@ def candidate_specs(
 
 
 def scale_searched(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Quantise with searched scales and nothing else, dequantised: float32, the shape of ``weight``."""
-    return quantize(weight, spec, scales="mse").dequantize(torch.float32)
+    """Quantise with searched scales of either sign and nothing else: dequantised float32, as ``weight``."""
+    return quantize(weight, spec, scales="signed-mse").dequantize(torch.float32)
 
 
 def measure(

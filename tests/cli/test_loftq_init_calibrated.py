@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,19 @@ def test_what_memory_allows_decides_how_wide_a_moment_may_be(
     report = RunReport.read(tmp_path / "out")
     assert any("layers have more than 80 inputs" in note for note in report.notes)
     assert all((layer.output_error or 1) < (layer.output_error_plain or 0) for layer in report.layers)
+
+
+def test_what_the_integer_solver_prints_reaches_no_one(capfd: pytest.CaptureFixture[str]) -> None:
+    print("before")
+    with calibrated_run._no_c_output():
+        ctypes.CDLL(None).puts(b"a stray line")
+        os.write(1, b"another\n")
+    ctypes.CDLL(None).puts(b"after")
+    ctypes.CDLL(None).fflush(None)
+    out, err = capfd.readouterr()
+    assert "stray" not in out + err
+    assert "another" not in out + err
+    assert "after" in out
 
 
 def test_budget_is_kept_and_used(model: Path, texts: Path, tmp_path: Path) -> None:
