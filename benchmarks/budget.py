@@ -5,7 +5,7 @@
 all-MiniLM-L6-v2, every Linear of the encoder solved by recipe-fast. ``embedding_error`` is the relative
 distance of the embeddings of 128 held-out sentences to the original model's, ``bits`` the average of what is
 stored, scales included. Rows "by loss" weigh layers by how much the output minds them
-(``qlora_engine.sensitivity``), rows "by relative error" take the layers' relative output errors as they are.
+(``qlora_engine.sensitivity``), with ``--relative`` others take the layers' relative output errors as they are.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--calibration-text", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="held out")
     parser.add_argument("--budgets", type=float, nargs="+", default=[2.5, 2.75, 3.5])
+    parser.add_argument("--relative", action="store_true", help="share out by relative errors too")
     parser.add_argument("--uniform", nargs="+", default=["nf2", "nf3"])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -105,10 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
             save(args.json, command=command, rows=rows)
 
     began = time.process_time()
-    choices: dict[str, Any] = {
-        "loss": bench.choices(bench.minded),
-        "relative error": bench.choices(None),
-    }
+    choices: dict[str, Any] = {"loss": bench.choices(bench.minded)}
+    if args.relative:
+        choices["relative error"] = bench.choices(None)
     print(f"candidates in {time.process_time() - began:.0f} CPU s", file=sys.stderr, flush=True)
     for budget in args.budgets:
         for by, layers in choices.items():
