@@ -5,7 +5,7 @@
 all-MiniLM-L6-v2, every Linear of the encoder solved by recipe-fast. ``embedding_error`` is the relative
 distance of the embeddings of 128 held-out sentences to the original model's, ``bits`` the average of what is
 stored, scales included. Rows "by loss" weigh layers by how much the output minds them
-(``qlora_engine.sensitivity``), with ``--relative`` others take the layers' relative output errors as they are.
+(``qlora_engine.sensitivity``); with ``--relative`` others take the relative output errors as they are.
 """
 
 from __future__ import annotations
