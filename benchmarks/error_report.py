@@ -8,8 +8,8 @@
 Each row has its peers beside it: plain quantisation to the same format ("plain"), PEFT's LoftQ ("peft", 4
 bits only) and, where it is fine-tuned, QLoRA's start ("qlora", B = 0). Layer outputs and perplexity are
 measured on text that calibration and training never saw. Weight and layer errors are geometric means over the
-Linears of ||E||_F / ||W||_F and sqrt(tr(E H E^T) / tr(W H W^T)), where E is what is missing from what would be
-stored.
+Linears of ||E||_F / ||W||_F and sqrt(tr(E H E^T) / tr(W H W^T)), where E is what is missing from what would
+be stored.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Measured:
     perplexity: float | None = None
     finetuned: float | None = None
     vs_plain: float | None = None
-    seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 def measure(
@@ -137,14 +137,14 @@ def measure(
     modules = linears(model)
     starts: dict[str, Start] = {}
     for name, weight in weights.items():
-        began = time.perf_counter()
+        began = time.process_time()
         if training is not None:
             starts[name] = candidate.start(weight, calibration.get(name))
             base, A, B = starts[name]
             stored = base + B @ A
         else:
             stored = candidate.solve(weight, calibration.get(name))
-        seconds += time.perf_counter() - began
+        seconds += time.process_time() - began
         error = weight - stored
         weight_logs.append(0.5 * math.log(energy(error, None) / energy(weight, None)))
         if name in held_out:
@@ -161,7 +161,7 @@ def measure(
         candidate.scales,
         weight_error=math.exp(sum(weight_logs) / len(weight_logs)),
         layer_error=math.exp(sum(layer_logs) / len(layer_logs)) if layer_logs else None,
-        seconds=seconds,
+        cpu_seconds=seconds,
     )
     if evaluation is not None and training is not None:
         row.perplexity, row.finetuned = finetune(model, starts, training, evaluation, **(settings or {}))
@@ -241,7 +241,7 @@ def _say(row: Measured) -> None:
     measures = [row.weight_error, row.layer_error, row.perplexity, row.finetuned]
     found = " ".join(f"{value:.4g}" for value in measures if value is not None)
     setting = f"{row.format} {row.method} rank {row.rank} iterations {row.iters} {row.scales}"
-    print(f"{row.model} {setting}: {found} ({row.seconds:.1f} s)", file=sys.stderr, flush=True)
+    print(f"{row.model} {setting}: {found} ({row.cpu_seconds:.1f} s)", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,6 +12,9 @@ from rich.text import Text
 from .compare import Run, groups, why
 from .report import LayerReport
 from .report_table import human_bytes, human_seconds, human_width, report_method
+from .spectrum import Spectrum, share
+
+_LARGEST = 16  # the commands' default rank
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
@@ -103,10 +106,27 @@ def layers_table(layers: Sequence[LayerReport]) -> Table:
     return table
 
 
-def comparison(runs: Sequence[Run], *, worst: int) -> RenderableType:
+def spectra_table(spectra: Sequence[Spectrum]) -> Table:
+    """How much of each residual its largest singular values hold: what an adapter of a rank can take away."""
+    table = _table(
+        f"Singular values of what is missing, over ||W||: share of its square in the largest {_LARGEST}",
+        ("layer",),
+        ("largest, plain", "largest, stored", "share, plain", "share, stored"),
+    )
+    for spectrum in spectra:
+        pair = spectrum.before, spectrum.after
+        cells = [_error(values[0]) for values in pair]
+        cells += [f"{100 * share(values, _LARGEST):.1f} %" for values in pair]
+        table.add_row(Text(spectrum.label), *cells)
+    return table
+
+
+def comparison(runs: Sequence[Run], *, worst: int, spectra: Sequence[Spectrum] = ()) -> RenderableType:
     """Everything that ``qlora-report`` prints."""
     parts: list[RenderableType] = [runs_table(runs), Text(), kinds_table(runs)]
     for run in runs:
         if any(layer.rank for layer in run.report.layers):
             parts += [Text(), worst_table(run, worst)]
+    if spectra:
+        parts += [Text(), spectra_table(spectra)]
     return Lines(*parts)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from .compare import Run, groups
 from .errors import InputError
+from .spectrum import Spectrum
 
 FILES = ("size_error.png", "kinds.png", "iterations.png")
+SPECTRA = "spectra.png"
 
 
-def write_png(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Draw size against error, error by kind of module, and error by iteration.
+def write_png(runs: Sequence[Run], folder: Path, spectra: Sequence[Spectrum] = ()) -> list[Path]:
+    """Draw size against error, error by kind of module, error by iteration, and spectra where there are any.
 
     Returns:
         The files that were written; iterations are left out where no run has any.
@@ -31,6 +33,11 @@ def write_png(runs: Sequence[Run], folder: Path) -> list[Path]:
         if draw(figure.add_subplot(), runs):
             figure.savefig(folder / name)
             written.append(folder / name)
+    if spectra:
+        figure = Figure(figsize=(8, 2.4 * -(-len(spectra) // 2)), dpi=150, layout="constrained")
+        _spectra(figure, spectra)
+        figure.savefig(folder / SPECTRA)
+        written.append(folder / SPECTRA)
     return written
 
 
@@ -43,6 +50,18 @@ def _sizes(axes, runs: Sequence[Run]) -> bool:  # type: ignore[no-untyped-def]
     )
     axes.legend()
     return True
+
+
+def _spectra(figure, spectra: Sequence[Spectrum]) -> None:  # type: ignore[no-untyped-def]
+    for number, spectrum in enumerate(spectra):
+        axes = figure.add_subplot(-(-len(spectra) // 2), 2, number + 1)
+        axes.plot(spectrum.before, label="plain quantisation")
+        axes.plot(spectrum.after, label="stored, adapter included")
+        axes.set_title(spectrum.label, fontsize=8)
+        axes.set(ylim=(0, None))
+        axes.tick_params(labelsize=7)
+    figure.axes[0].legend(fontsize=7)
+    figure.supylabel("singular values of what is missing, over ||W||", fontsize=8)
 
 
 def _kinds(axes, runs: Sequence[Run]) -> bool:  # type: ignore[no-untyped-def]

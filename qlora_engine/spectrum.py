@@ -37,6 +37,12 @@ class Spectrum:
         return asdict(self)
 
 
+def share(values: Sequence[float], count: int) -> float:
+    """Part of the squared norm that the ``count`` largest of the singular values hold."""
+    squares = [value**2 for value in values]
+    return sum(squares[:count]) / (sum(squares) or 1.0)
+
+
 def spectra(
     model: Path, out: Path, names: Sequence[str], *, label: str = "", adapter: str = "loftq_init"
 ) -> list[Spectrum]:

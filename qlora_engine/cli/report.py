@@ -48,6 +48,7 @@ def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.option("--png", type=click.Path(path_type=Path), metavar="DIR", help="Write plots (needs matplotlib).")
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every layer.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option(
     "--spectrum",
     type=click.Path(path_type=Path),
@@ -70,6 +71,7 @@ def command(
     png: Path | None,
     csv_file: Path | None,
     as_json: bool,
+    quiet: bool,
     spectrum: Path | None,
 ) -> int:
     """The command's body; see ``--help``."""
@@ -101,17 +103,17 @@ def command(
     if png is not None:
         from qlora_engine.report_png import write_png
 
-        write_png(found, png)
+        write_png(found, png, spectra)
     if csv_file is not None:
         write_text(
             csv_file, _csv([(run.label, layer.to_json()) for run in found for layer in run.report.layers])
         )
-    if as_json:
+    if as_json and not quiet:
         values = {"runs": [{"label": run.label, **run.report.to_json()} for run in found]}
         print(dumps(values | {"spectra": [one.to_json() for one in spectra]}))
         return 0
-    screen = common.console(sys.stdout)
-    screen.print(comparison(found, worst=worst))
+    screen = common.console(sys.stdout, quiet=quiet)
+    screen.print(comparison(found, worst=worst, spectra=spectra))
     for target in (html, png, csv_file):
         if target is not None:
             screen.print(Text(f"Wrote {target}"), soft_wrap=True)

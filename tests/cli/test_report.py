@@ -84,11 +84,28 @@ def test_csv_and_json_hold_every_layer(runs: list[Path], tmp_path: Path) -> None
         assert float(row["error"]) == layer["error"]
 
 
-def test_png_draws_each_plot(runs: list[Path], tmp_path: Path) -> None:
+def test_png_draws_each_plot(runs: list[Path], make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert invoke(*runs, "--png", tmp_path / "plots").code == 0
-    for name in ("size_error.png", "kinds.png", "iterations.png"):
+    result = invoke(*runs, "--png", tmp_path / "plots", "--spectrum", make_checkpoint("llama"))
+    assert result.code == 0
+    for name in ("size_error.png", "kinds.png", "iterations.png", "spectra.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_spectra_are_told_in_the_terminal(runs: list[Path], make_checkpoint: Callable[..., Path]) -> None:
+    result = invoke(runs[0], "--spectrum", make_checkpoint("llama"), "--worst", "1")
+    name = RunReport.read(runs[0]).worst(1)[0].name
+    (line,) = [line for line in result.out.splitlines() if line.startswith(f"four {name}")]
+    largest = [float(word) for word in line.split()[2:4]]
+    shares = [float(word) for word in line.split()[4:] if word != "%"]
+    assert largest[0] > largest[1]  # the adapter took the largest away
+    assert all(0 < share < 100 for share in shares)
+
+
+def test_quiet_prints_nothing(runs: list[Path], tmp_path: Path) -> None:
+    result = invoke(*runs, "--quiet", "--html", tmp_path / "page.html")
+    assert (result.code, result.out, result.err) == (0, "", "")
+    assert (tmp_path / "page.html").is_file()
 
 
 @pytest.mark.parametrize("number", [0, 1])  # bitsandbytes' layout and the native one
