@@ -79,7 +79,7 @@ def test_readme_python_runs(folder: Path, make_checkpoint: Callable[..., Path]) 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_other_commands_exist(document: str) -> None:
-    known = {"git", "cd", "pip", "pre-commit", *PROJECT["scripts"]}
+    known = {"git", "cd", "pip", "pre-commit", "source", *PROJECT["scripts"]}
     for name, *arguments in _commands(document):
         if "=" in name:  # a variable before the command
             name, *arguments = arguments
