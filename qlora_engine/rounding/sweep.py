@@ -9,6 +9,8 @@ block.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -21,6 +23,8 @@ from .metric import feedback_factor
 # Columns in one inner loop: the product that feeds the rest is then wide enough for BLAS and the block of
 # errors (128 x out_features) still fits a CPU's level-2 cache.
 BLOCK_COLUMNS = 128
+# A step of the loop takes 10 to 100 us on one core; on a busy one, a barrier of two threads took 100 to 400.
+_ROWS_ALONE = 2048
 
 
 @dataclass(frozen=True)
@@ -250,6 +254,35 @@ def _sweep_columns(
         return triton_rounding.sweep_columns(
             base, anchor, feedback, scales, inverse, zeros, levels, midpoints
         )
+    with _few_threads(base.shape[1]):
+        return _loop(base, anchor, feedback, scales, inverse, zeros, levels, midpoints)
+
+
+@contextmanager
+def _few_threads(rows: int) -> Iterator[None]:
+    """One thread for steps of so few rows: each would wait for the other threads longer than it computes."""
+    threads = torch.get_num_threads()
+    if rows > _ROWS_ALONE or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _loop(
+    base: Tensor,
+    anchor: Tensor,
+    feedback: Tensor,
+    scales: Tensor,
+    inverse: Tensor,
+    zeros: Tensor | None,
+    levels: Tensor,
+    midpoints: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``_sweep_columns`` in torch's own operations."""
     drift = torch.empty_like(anchor)
     values = torch.empty_like(anchor)
     ranks = torch.empty(anchor.shape, dtype=torch.int32, device=anchor.device)

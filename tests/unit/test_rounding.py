@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from qlora_engine.rounding import (
     gptq,
     objective,
     refit_scales,
+    sweep,
 )
 from quant import QuantSpec, formats
 from quant.scales import search_scales
@@ -240,3 +243,26 @@ def test_cholesky_escalates_damping() -> None:
     assert 0 < float(difference) < 1e-4
     with pytest.raises(ValueError, match="not positive semi-definite"):
         rounding.cholesky(torch.diag(torch.tensor([1.0, -9.0])))
+
+
+def test_small_sweeps_leave_the_number_of_threads_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = sweep._loop
+
+    def watched(*args: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return original(*args)
+
+    monkeypatch.setattr(sweep, "_loop", watched)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for rows in (8, sweep._ROWS_ALONE + 8):
+            W = torch.randn(rows, 64)
+            spec = QuantSpec("nf2")
+            scales, _ = search_scales(W, spec, True, torch.ones(64))
+            gptq(W.T.contiguous(), Grid.of(spec, (rows, 64), scales), torch.eye(64))
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2]
