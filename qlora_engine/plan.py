@@ -18,6 +18,7 @@ from .errors import InputError, did_you_mean
 from .options import InitOptions
 from .safetensors_io import DTYPE_BITS, FLOAT_DTYPES, TensorEntry
 from .targets import (
+    anchored,
     check_target_module_exists,
     condense,
     get_pattern_key,
@@ -412,5 +413,5 @@ def _unused_patterns(options: InitOptions, paths: Sequence[str]) -> list[str]:
         f"{did_you_mean(key, dict.fromkeys(path.rpartition('.')[2] for path in paths))}"
         for option, patterns in given.items()
         for key in patterns
-        if not any(re.match(rf"(.*\.)?({key})$", path) for path in paths)
+        if not any(anchored(key).match(path) for path in paths)
     ]
