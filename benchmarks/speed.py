@@ -5,17 +5,23 @@
 
 Suites: dequant (decode and encode against a copy and bitsandbytes), linear, mlp, qkv (forward and backward of
 LoRA layers of Llama-3-8B against dense bf16 layers and PEFT), solver (LoftQ against exact SVDs and PEFT's
-algorithm); cpu (quantise, dequantise and the layer on a CPU: cpu_quant.py and cpu_linear.py). A peer that is
-not installed is named and left out.
+algorithm); small (1 to 64 tokens), fp8, chunk (weights decoded a chunk at a time), group (LoftQ for several
+matrices at once), checkpoint (loftq-init from disk to disk at the size of Llama-3-8B); cpu (quantise,
+dequantise and the layer on a CPU: cpu_quant.py and cpu_linear.py). A peer that is not installed is named and
+left out. ``--tiny`` runs a suite at small sizes and without peers, on a CPU too, where Triton interprets its
+kernels: to see that it runs, not to time anything. ``benchmarks.speed_all`` runs all in one go.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +29,63 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import common, cpu_linear, cpu_quant
-from benchmarks.gpu import GpuTiming, measure
+from benchmarks.gpu import GpuTiming, measure, synchronize
 from quant.linear import QuantLinear
 from quant.spec import QuantSpec
 from quant.tensor import quantize
 
-HIDDEN, WIDTH, KV = 4096, 14336, 1024  # Llama-3-8B
 RANK = 16
 SPEC = QuantSpec("nf4", 64, True)
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured; the defaults are Llama-3-8B's."""
+
+    hidden: int = 4096
+    width: int = 14336
+    kv: int = 1024
+    head: int = 128
+    layers: int = 32
+    vocabulary: int = 128256
+    tokens: tuple[int, ...] = (512, 2048, 8192)
+    small_tokens: tuple[int, ...] = (1, 4, 16, 64)
+    small_shapes: tuple[tuple[int, int], ...] = ((4096, 4096), (14336, 4096))
+    tiles: tuple[tuple[int, int, int], ...] = ((16, 128, 4), (32, 128, 4), (64, 64, 4))
+    solver_shapes: tuple[tuple[int, int], ...] = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
+    solver_rank: int = 64
+    group: int = 8
+    shrink: int = 1  # of chunks
+
+
+TINY = Sizes(
+    hidden=64,
+    width=96,
+    kv=32,
+    head=32,
+    layers=2,
+    vocabulary=128,
+    tokens=(8, 16, 32),
+    small_tokens=(1, 16),
+    small_shapes=((64, 128),),
+    tiles=((16, 64, 4),),
+    solver_shapes=((96, 128),),
+    solver_rank=4,
+    group=3,
+    shrink=1 << 14,
+)
+SIZES = Sizes()
+
+
+def device() -> str:
+    """Where the suites run: on a GPU, or with ``--tiny`` on the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def peer(name: str) -> bool:
+    """Whether a peer is measured: it is installed, and this is no tiny run."""
+    return SIZES is not TINY and installed(name)
 
 
 def installed(name: str) -> bool:
@@ -55,19 +109,19 @@ def row(suite: str, what: str, timing: GpuTiming, **more: Any) -> Row:
     }
 
 
-def against(rows: list[Row], peer: str) -> None:
-    """Add to each row its time as a multiple of the row called ``peer``, of the same case."""
+def against(rows: list[Row], bound: str) -> None:
+    """Add to each row its time as a multiple of the dense row called ``bound``, of the same case."""
     for line in rows:
-        base = [r for r in rows if r["what"] == peer and r.get("tokens") == line.get("tokens")]
+        base = [r for r in rows if r["what"] == bound and r.get("tokens") == line.get("tokens")]
         if base:
-            line[f"x {peer}"] = line["ms"] / base[0]["ms"]
+            line["x dense"] = line["ms"] / base[0]["ms"]
 
 
 def suite_dequant() -> list[Row]:
     """Decode and encode 4096 x 14336."""
     from quant.backends import triton_kernels
 
-    weight = torch.randn(HIDDEN, WIDTH, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(SIZES.hidden, SIZES.width, device=device(), dtype=torch.bfloat16)
     q = quantize(weight, SPEC)
     out, source = torch.empty_like(weight), torch.randn_like(weight)
     moved = q.nbytes + out.nbytes
@@ -94,7 +148,7 @@ def suite_dequant() -> list[Row]:
         lambda: triton_kernels.search_scales(weight, SPEC.fmt, 64, base, multipliers, None), graph=False
     )
     rows.append(row("dequant", "ours, signed scale search", search))
-    if installed("bitsandbytes"):
+    if peer("bitsandbytes"):
         import bitsandbytes.functional as bnb
 
         codes, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
@@ -110,9 +164,9 @@ class DenseMlp(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(HIDDEN, WIDTH, bias=False)
-        self.up_proj = nn.Linear(HIDDEN, WIDTH, bias=False)
-        self.down_proj = nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.gate_proj = nn.Linear(SIZES.hidden, SIZES.width, bias=False)
+        self.up_proj = nn.Linear(SIZES.hidden, SIZES.width, bias=False)
+        self.down_proj = nn.Linear(SIZES.width, SIZES.hidden, bias=False)
         self.act_fn = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,9 +180,9 @@ class DenseQkv(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.q_proj = nn.Linear(HIDDEN, HIDDEN, bias=False)
-        self.k_proj = nn.Linear(HIDDEN, KV, bias=False)
-        self.v_proj = nn.Linear(HIDDEN, KV, bias=False)
+        self.q_proj = nn.Linear(SIZES.hidden, SIZES.hidden, bias=False)
+        self.k_proj = nn.Linear(SIZES.hidden, SIZES.kv, bias=False)
+        self.v_proj = nn.Linear(SIZES.hidden, SIZES.kv, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(tokens, hidden) -> three of (tokens, out)."""
@@ -140,7 +194,7 @@ class DenseLinear(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(HIDDEN, WIDTH, bias=False)
+        self.up_proj = nn.Linear(SIZES.hidden, SIZES.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(tokens, hidden) -> (tokens, width)."""
@@ -159,7 +213,7 @@ def quantised_lora(dense: nn.Module) -> nn.Module:
         if isinstance(child, nn.Linear):
             base = QuantLinear.from_quantized(quantize(child.weight.detach(), SPEC))
             setattr(dense, name, Linear(base, "default", config=config, r=RANK, lora_alpha=RANK))
-    dense.to("cuda", torch.bfloat16)
+    dense.to(device(), torch.bfloat16)
     fused_blocks.enable(dense)
     return dense
 
@@ -194,7 +248,7 @@ def peft_lora(dense: nn.Module) -> nn.Module:
 
 def step_of(module: nn.Module, tokens: int) -> Callable[[], object]:
     """Forward and backward, gradients of the input and of whatever trains."""
-    x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(tokens, SIZES.hidden, device=device(), dtype=torch.bfloat16, requires_grad=True)
     leaves = [x, *[p for p in module.parameters() if p.requires_grad]]
     outputs = module(x)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -207,44 +261,69 @@ def step_of(module: nn.Module, tokens: int) -> Callable[[], object]:
     return step
 
 
-def compare_module(suite: str, make: Callable[[], nn.Module], tokens: tuple[int, ...]) -> list[Row]:
-    """Our layers, the dense bound and PEFT's, forward and backward."""
+def compare_module(
+    suite: str,
+    make: Callable[[], nn.Module],
+    tokens: tuple[int, ...],
+    *,
+    compute: str = "same",
+    label: str = "",
+    peft: bool = True,
+) -> list[Row]:
+    """Our layers, the dense bound and PEFT's, forward and backward.
+
+    Args:
+        suite: Its name.
+        make: Makes the dense module.
+        tokens: Numbers of tokens to measure at.
+        compute: Of our layers: with "fp8" they are measured in bfloat16, too.
+        label: Put before what each row is.
+        peft: Whether PEFT's layers are measured.
+    """
+    from qlora_engine import set_compute
+
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(device()):
         dense = make().to(torch.bfloat16).requires_grad_(False)
         ours = quantised_lora(make().to(torch.bfloat16).requires_grad_(False))
         theirs = None
-        if installed("peft") and installed("bitsandbytes"):
+        if peft and peer("peft") and peer("bitsandbytes"):
             theirs = peft_lora(make().to(torch.bfloat16).requires_grad_(False))
     rows = []
     for count in tokens:
-        cases: list[tuple[str, nn.Module | None, bool]] = [
-            ("dense", dense, True),
-            ("ours", ours, True),
-            ("ours, launched from Python", ours, False),
-            ("PEFT, launched from Python", theirs, False),
+        cases: list[tuple[str, nn.Module | None, bool, str]] = [
+            ("dense", dense, True, "same"),
+            ("ours", ours, True, "same"),
+            ("ours, launched from Python", ours, False, "same"),
+            ("PEFT, launched from Python", theirs, False, "same"),
         ]
-        for what, module, graph in cases:
+        if compute != "same":
+            cases = [*cases[:2], (f"ours, {compute}", ours, True, compute)]
+        for what, module, graph, how in cases:
             if module is not None:
-                rows.append(row(suite, what, measure(step_of(module, count), graph=graph), tokens=count))
-        torch.cuda.empty_cache()
-    against(rows, "dense")
+                if module is ours:
+                    set_compute(ours, how)
+                timing = measure(step_of(module, count), graph=graph)
+                rows.append(row(suite, label + what, timing, tokens=count))
+        if device() == "cuda":
+            torch.cuda.empty_cache()
+    against(rows, label + "dense")
     return rows
 
 
 def suite_linear() -> list[Row]:
     """One Linear of the MLP."""
-    return compare_module("linear", DenseLinear, (512, 2048, 8192))
+    return compare_module("linear", DenseLinear, SIZES.tokens)
 
 
 def suite_mlp() -> list[Row]:
     """The SwiGLU MLP."""
-    return compare_module("mlp", DenseMlp, (512, 2048, 4096, 8192))
+    return compare_module("mlp", DenseMlp, SIZES.tokens)
 
 
 def suite_qkv() -> list[Row]:
     """Query, key and value."""
-    return compare_module("qkv", DenseQkv, (2048, 8192))
+    return compare_module("qkv", DenseQkv, SIZES.tokens[1:])
 
 
 def suite_solver() -> list[Row]:
@@ -252,32 +331,38 @@ def suite_solver() -> list[Row]:
     from qlora_engine import inits
 
     rows = []
-    for shape in ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)):
-        weight = torch.randn(shape, device="cuda")
+    for shape in SIZES.solver_shapes:
+        weight = torch.randn(shape, device=device())
         case = "x".join(map(str, shape))
 
         def solve(svd: str, weight: Tensor = weight) -> Any:
             return inits.initialise(
-                weight, method="loftq", spec=QuantSpec(), rank=64, iters=5, scales="absmax", svd=svd
+                weight,
+                method="loftq",
+                spec=QuantSpec(),
+                rank=SIZES.solver_rank,
+                iters=5,
+                scales="absmax",
+                svd=svd,
             )
 
         error = {svd: float(solve(svd).error) for svd in ("fast", "exact")}
-        seconds = {svd: _seconds(lambda svd=svd: solve(svd), 5 if svd == "fast" else 1) for svd in error}
+        taken = {svd: seconds(lambda svd=svd: solve(svd), 5 if svd == "fast" else 1) for svd in error}
         peft = None
-        if installed("peft") and installed("bitsandbytes"):
+        if peer("peft") and peer("bitsandbytes"):
             from peft.utils.loftq_utils import loftq_init
 
-            peft = _seconds(
+            peft = seconds(
                 lambda weight=weight: loftq_init(weight, num_bits=4, reduced_rank=64, num_iter=5), 1
             )
         rows.append(
             {
                 "suite": "solver",
                 "what": case,
-                "ours s": seconds["fast"],
-                "exact SVD s": seconds["exact"],
+                "ours s": taken["fast"],
+                "exact SVD s": taken["exact"],
                 "PEFT s": peft,
-                "x faster than PEFT": None if peft is None else peft / seconds["fast"],
+                "x faster than PEFT": None if peft is None else peft / taken["fast"],
                 "error": error["fast"],
                 "error / exact": error["fast"] / error["exact"],
             }
@@ -285,16 +370,30 @@ def suite_solver() -> list[Row]:
     return rows
 
 
-def _seconds(call: Callable[[], object], repeats: int) -> float:
-    call()
+def seconds(call: Callable[[], object], repeats: int) -> float:
+    """Median of so many calls; a single one, of a call of seconds, is not warmed up."""
+    if repeats > 1:
+        call()
     times = []
     for _ in range(repeats):
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         call()
-        torch.cuda.synchronize()
+        synchronize()
         times.append(time.perf_counter() - start)
     return sorted(times)[len(times) // 2]
+
+
+def _extra(name: str) -> Callable[[], list[Row]]:
+    """A suite of gpu_suites, which imports this module."""
+
+    def run() -> list[Row]:
+        from benchmarks import gpu_suites
+
+        found: list[Row] = getattr(gpu_suites, f"suite_{name}")()
+        return found
+
+    return run
 
 
 SUITES: dict[str, Callable[[], list[Row]]] = {
@@ -303,6 +402,7 @@ SUITES: dict[str, Callable[[], list[Row]]] = {
     "mlp": suite_mlp,
     "qkv": suite_qkv,
     "solver": suite_solver,
+    **{name: _extra(name) for name in ("small", "fp8", "chunk", "group", "checkpoint")},
 }
 
 
@@ -323,7 +423,9 @@ def check() -> None:
     """Refuse to time wrong code: the kernels against the reference, on this device."""
     from quant.backends import reference, triton_kernels
 
-    weight = torch.randn(257, 320, device="cuda", dtype=torch.bfloat16)
+    # Triton's interpreter truncates to bfloat16
+    kind = torch.bfloat16 if device() == "cuda" else torch.float32
+    weight = torch.randn(257, 320, device=device(), dtype=kind)
     for name in ("nf4", "nf3", "int8", "uint2"):
         fmt = QuantSpec(name).fmt
         want = reference.quantize(weight.cpu(), fmt, 64)
@@ -344,26 +446,57 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"comma-separated, of: {', '.join(SUITES)}; or cpu, by itself",
     )
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument(
+        "--tiny", action="store_true", help="small sizes, no peers, on a CPU too: does it run"
+    )
     options = parser.parse_args(arguments)
     if options.suite == "cpu":
         return max(run(arguments) for run, arguments in cpu_commands(options.json))
     unknown = set(options.suite.split(",")) - set(SUITES)
     if unknown:
         parser.error(f"unknown suite {sorted(unknown)}; known: {', '.join(SUITES)}")
-    if not torch.cuda.is_available():
-        print("needs a CUDA GPU; --suite cpu measures the CPU", file=sys.stderr)
+    if not torch.cuda.is_available() and not options.tiny:
+        print(
+            "needs a CUDA GPU; --suite cpu measures the CPU, --tiny tries the suites there", file=sys.stderr
+        )
         return 2
+    with sized(options.tiny):
+        return _run(options)
+
+
+@contextlib.contextmanager
+def sized(tiny: bool) -> Iterator[None]:
+    """Inside, the suites have Llama-3-8B's sizes, or tiny ones and, on a CPU, the fused functions too."""
+    from qlora_engine import fused
+
+    global SIZES
+    before, on_gpu = SIZES, fused.on_gpu
+    if tiny:
+        SIZES = TINY
+        if device() == "cpu":
+            os.environ.setdefault("TRITON_INTERPRET", "1")
+            fused.on_gpu = lambda x: True
+    try:
+        yield
+    finally:
+        SIZES, fused.on_gpu = before, on_gpu
+
+
+def _run(options: argparse.Namespace) -> int:
     check()
     rows: list[Row] = []
     for name in options.suite.split(","):
         found = SUITES[name]()
         rows += found
         print(f"\n## {name}\n\n{common.table(found)}", flush=True)
-        torch.cuda.empty_cache()
+        if device() == "cuda":
+            torch.cuda.empty_cache()
     if options.json:
         common.save(options.json, command=["python", "-m", "benchmarks.speed", *sys.argv[1:]], rows=rows)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from benchmarks import speed  # one module with one SIZES, which the other suites import, too
+
+    raise SystemExit(speed.main())

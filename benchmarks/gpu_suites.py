@@ -1,0 +1,302 @@
+"""Suites of ``benchmarks.speed`` for what is off until it was measured: few tokens, float8, chunks, groups.
+
+Every suite first compares what it times with the reference, and times nothing that is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import speed
+from benchmarks.gpu import measure, synchronize
+from quant import fp8, small
+from quant.linear_op import set_chunk
+from quant.spec import QuantSpec
+from quant.tensor import QuantizedTensor, quantize
+
+Row = dict[str, Any]
+FORMATS = ("nf4", "nf3", "int8")
+CHUNKS = (8 << 20, 12 << 20, 16 << 20)  # weights; 16, 24 and 32 MB in bfloat16, of 50 MB of cache
+
+
+def _fields(q: QuantizedTensor) -> Any:
+    return (q.codes, q.scales, q.zeros, q.nested_scales, q.nested_offset, q.nested_map)
+
+
+def _agree(what: str, got: Tensor, want: Tensor, bound: float) -> None:
+    error = float((got.float() - want.float()).norm() / want.float().norm())
+    if not error <= bound:
+        raise SystemExit(f"{what}: {error:.2g} off the reference (allowed {bound:g}); nothing is timed")
+
+
+def suite_small() -> list[Row]:
+    """Packed weights at 1 to 64 tokens: ours at several tiles, decode and multiply, GEMV; and dense."""
+    from quant.backends import triton_product
+    from quant.backends.triton_product import Tile
+
+    tiles = [Tile(rows, columns, warps) for rows, columns, warps in speed.SIZES.tiles]
+    rows: list[Row] = []
+    for name in FORMATS:
+        usual = name == "nf4"
+        for shape in speed.SIZES.small_shapes if usual else speed.SIZES.small_shapes[:1]:
+            weight = torch.randn(shape, device=speed.device(), dtype=torch.bfloat16)
+            q = quantize(weight, QuantSpec(name, 64, True))
+            dense = q.dequantize(torch.bfloat16)
+            for tokens in speed.SIZES.small_tokens if usual else (16,):
+                for transposed in (False, True):
+                    inner = shape[0] if transposed else shape[1]
+                    x = torch.randn(tokens, inner, device=speed.device(), dtype=torch.bfloat16)
+                    case = {"format": name, "shape": "x".join(map(str, shape)), "tokens": tokens}
+                    case["direction"] = "dX" if transposed else "forward"
+                    W = dense if transposed else dense.t()
+                    # of Triton's interpreter, which truncates to bfloat16: a step more
+                    bound = 5e-3 if speed.device() == "cuda" else 2e-2
+
+                    def packed(
+                        tile: Tile, x: Tensor = x, q: QuantizedTensor = q, t: bool = transposed
+                    ) -> Tensor:
+                        shape = (q.shape[0], q.shape[1])
+                        return triton_product.product(
+                            x, _fields(q), shape, q.spec.fmt, 64, transposed=t, tile=tile
+                        )
+
+                    def decoded(x: Tensor = x, q: QuantizedTensor = q, t: bool = transposed) -> Tensor:
+                        buffer = q.dequantize(torch.bfloat16)
+                        return x @ (buffer if t else buffer.t())
+
+                    found = []
+                    found.append(
+                        speed.row("small", "dense", measure(lambda x=x, W=W: x @ W, calls=10), **case)
+                    )
+                    found.append(
+                        speed.row("small", "decode and multiply", measure(decoded, calls=10), **case)
+                    )
+                    for tile in tiles:
+                        _agree(f"packed product {case} {tile}", packed(tile), x @ W, bound)
+                        timing = measure(lambda tile=tile, packed=packed: packed(tile), calls=10)
+                        what = f"packed {tile.rows}x{tile.columns}, {tile.warps} warps"
+                        found.append(speed.row("small", what, timing, **case))
+                    if tokens == 1 and not transposed and usual and speed.peer("bitsandbytes"):
+                        before = small.set_small_product("bitsandbytes")
+                        try:
+                            y = small.multiply(x, q, None)
+                            if y is not None:
+                                _agree("bitsandbytes' GEMV", y, x @ W, 1e-2)
+                                timing = measure(lambda x=x, q=q: small.multiply(x, q, None), calls=10)
+                                found.append(speed.row("small", "bitsandbytes GEMV", timing, **case))
+                        finally:
+                            small.set_small_product(before)
+                    for line in found:
+                        line["x dense"] = line["ms"] / found[0]["ms"]
+                    best = min(found[2:], key=lambda line: line["ms"])
+                    rows += [*found[:2], {**best, "what": f"best: {best['what']}"}]
+                    rows += [line for line in found[2:] if "GEMV" in line["what"] and line is not best]
+            del dense, weight
+    return rows
+
+
+def suite_fp8() -> list[Row]:
+    """Float8 products: the parts, and the MLP and one Linear forward and backward beside bfloat16."""
+    reason = fp8.unavailable(torch.device(speed.device()))
+    if reason is not None:
+        print(f"fp8 is left out: {reason}", flush=True)
+        return []
+    rows: list[Row] = []
+    hidden, width = speed.SIZES.hidden, speed.SIZES.width
+    weight = torch.randn(width, hidden, device=speed.device(), dtype=torch.bfloat16)
+    q = quantize(weight, speed.SPEC)
+    dense = q.dequantize(torch.bfloat16)
+    tokens = speed.SIZES.tokens[-1]
+    x = torch.randn(tokens, hidden, device=speed.device(), dtype=torch.bfloat16)
+    buffer = torch.empty(width, hidden, device=speed.device(), dtype=torch.float8_e4m3fn)
+    turned = torch.empty(hidden, width, device=speed.device(), dtype=torch.float8_e4m3fn)
+    y = fp8.multiply(x, q, None, buffer)
+    _agree("float8 product", y, x @ dense.t(), 0.06)
+    _agree("float8 dX", fp8.multiply_transposed(y, q, turned), y @ dense, 0.06)
+    x8, scales = fp8.quantize_rows(x)
+    ones = torch.ones(1, width, device=x.device)
+
+    def gemm(fast: bool) -> Tensor:
+        out: Tensor = torch._scaled_mm(
+            x8,
+            buffer.t(),
+            scale_a=scales[:, None],
+            scale_b=ones,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=fast,
+        )
+        return out
+
+    parts: list[tuple[str, Callable[[], object]]] = [
+        ("dense bf16 GEMM", lambda: x @ dense.t()),
+        ("float8 GEMM", lambda: gemm(True)),
+        ("float8 GEMM, exact sums", lambda: gemm(False)),
+        ("weight to float8", lambda: fp8.weight(q, buffer, transposed=False)),
+        ("weight to float8, transposed", lambda: fp8.weight(q, turned, transposed=True)),
+        ("activations to float8", lambda: fp8.quantize_rows(x)),
+        ("gradients to float8", lambda: fp8.quantize_rows(y, scales.new_ones(width))),
+    ]
+    for what, call in parts:
+        rows.append(speed.row("fp8", what, measure(call, calls=4), tokens=tokens))
+    del parts
+    for suite, make in (("linear", speed.DenseLinear), ("mlp", speed.DenseMlp)):
+        rows += speed.compare_module("fp8", make, speed.SIZES.tokens[1:], compute="fp8", label=f"{suite}: ")
+    return rows
+
+
+def suite_chunk() -> list[Row]:
+    """The MLP with its weights decoded and multiplied a chunk at a time."""
+    rows = []
+    for elements in (None, *(c // speed.SIZES.shrink for c in CHUNKS)):
+        before = set_chunk(elements)
+        try:
+            label = "whole: " if elements is None else f"{elements >> 10} Ki weights: "
+            rows += speed.compare_module(
+                "chunk", speed.DenseMlp, speed.SIZES.tokens[:2], label=label, peft=False
+            )
+        finally:
+            set_chunk(before)
+    return rows
+
+
+def suite_group() -> list[Row]:
+    """LoftQ, rank 64, 5 iterations: matrices of one shape solved together, seconds a matrix."""
+    from qlora_engine.inits import initialise, initialise_many
+
+    rows: list[Row] = []
+    rank = speed.SIZES.solver_rank
+    settings: dict[str, Any] = {"method": "loftq", "rank": rank, "spec": QuantSpec(), "iters": 5}
+
+    def together(weights: list[Tensor]) -> list[float]:
+        return [found.error for found in initialise_many(weights, [None] * len(weights), **settings)]
+
+    for shape in speed.SIZES.solver_shapes:
+        weights = [torch.randn(shape, device=speed.device()) for _ in range(speed.SIZES.group)]
+        alone = [initialise(weight, **settings).error for weight in weights]
+        worst = max(a / b for a, b in zip(together(weights), alone, strict=True))
+        if worst > 1.0005:
+            raise SystemExit(f"together the error is {worst:.5f} times that of one alone; nothing is timed")
+        line: Row = {"suite": "group", "what": "x".join(map(str, shape)), "error / alone": worst}
+        line["alone s"] = speed.seconds(partial(initialise, weights[0], **settings), 3)
+        for count in sorted({2, len(weights) // 2, len(weights)} - {1}):
+            line[f"{count} together, s each"] = speed.seconds(partial(together, weights[:count]), 3) / count
+        rows.append(line)
+    return rows
+
+
+def suite_checkpoint() -> list[Row]:
+    """``loftq-init`` on a synthetic checkpoint of Llama-3-8B's shape, disk to disk, and the share of I/O."""
+    from qlora_engine import pipeline, solve_ahead
+    from qlora_engine.architecture import read_architecture
+    from qlora_engine.checkpoint import Checkpoint
+    from qlora_engine.options import InitOptions
+    from qlora_engine.plan import make_plan
+
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
+        source = Path(scratch) / "model"
+        began = time.perf_counter()
+        size = synthetic_checkpoint(source)
+        written = time.perf_counter() - began
+        checkpoint = Checkpoint.open(source)
+        architecture = read_architecture(source, checkpoint.config)
+        options = InitOptions(rank=speed.SIZES.solver_rank, iters=5, together=True)
+        plan = make_plan(checkpoint, architecture, options)
+        began = time.perf_counter()
+        for entry in checkpoint.tensors.values():
+            entry.read()
+        read = time.perf_counter() - began
+        device = torch.device(speed.device(), 0) if speed.device() == "cuda" else torch.device("cpu")
+        began = time.perf_counter()
+        count = sum(1 for _ in solve_ahead.solve_ahead(plan, plan.layers, device))
+        synchronize()
+        solved = time.perf_counter() - began
+        began = time.perf_counter()
+        report = pipeline.run(plan, Path(scratch) / "out", device=device)
+        total = time.perf_counter() - began
+        out_bytes = sum(path.stat().st_size for path in (Path(scratch) / "out").rglob("*") if path.is_file())
+    return [
+        {
+            "suite": "checkpoint",
+            "what": f"{count} matrices, rank {options.rank}, 5 iterations",
+            "GB in": size / 1e9,
+            "GB out": out_bytes / 1e9,
+            "disk to disk s": total,
+            "read and solve, nothing written, s": solved,
+            "share of writing": 1 - solved / total,
+            "read alone s": read,
+            "write the model alone s": written,
+            "worst error": max(layer.error for layer in report.layers),
+        }
+    ]
+
+
+def synthetic_checkpoint(folder: Path) -> int:
+    """A Llama of the suite's sizes with random bf16 weights, a shard a layer; bytes written."""
+    from safetensors.torch import save_file
+
+    sizes = speed.SIZES
+    hidden, width, kv, vocabulary = sizes.hidden, sizes.width, sizes.kv, sizes.vocabulary
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": hidden // sizes.head,
+        "num_key_value_heads": kv // sizes.head,
+        "head_dim": sizes.head,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    projections = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (width, hidden),
+        "mlp.up_proj": (width, hidden),
+        "mlp.down_proj": (hidden, width),
+    }
+    weight_map: dict[str, str] = {}
+    total = 0
+
+    def random(shape: tuple[int, ...]) -> Tensor:
+        # drawn on the device: a CPU needs minutes for 8e9 normal numbers
+        return (torch.randn(shape, device=speed.device()) * 0.02).to(torch.bfloat16).cpu()
+
+    def save(name: str, tensors: dict[str, Tensor]) -> None:
+        nonlocal total
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+
+    for layer in range(sizes.layers):
+        prefix = f"model.layers.{layer}."
+        tensors = {f"{prefix}{name}.weight": random(shape) for name, shape in projections.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        save(f"model-{layer + 1:05d}-of-{sizes.layers + 1:05d}.safetensors", tensors)
+    rest = {
+        "model.embed_tokens.weight": random((vocabulary, hidden)),
+        "lm_head.weight": random((vocabulary, hidden)),
+    }
+    rest["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    save(f"model-{sizes.layers + 1:05d}-of-{sizes.layers + 1:05d}.safetensors", rest)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
