@@ -82,6 +82,8 @@ class InitOptions:
         rslora: Scaling is alpha / sqrt(rank).
         rank_pattern, alpha_pattern: As in LoraConfig.
         iters, scales, svd, seed, damping: Of the solver.
+        together: Solve layers of one shape together: more memory, equal up to rounding, and the bytes then
+            depend on the memory that is free.
         target_modules: Names, one regex, or "all-linear".
         exclude_modules: Names or one regex.
         quantize_rest: Quantise the Linears without an adapter too.
@@ -110,6 +112,7 @@ class InitOptions:
     svd: str = "fast"
     seed: int = 0
     damping: float = 0.01
+    together: bool = False
     target_modules: tuple[str, ...] | str = "all-linear"
     exclude_modules: tuple[str, ...] | str = ()
     quantize_rest: bool = False

@@ -366,11 +366,8 @@ def _share(todo: list[list[LayerPlan]], rank: int, size: int) -> list[list[Layer
 def _solve(
     plan: Plan, layers: list[LayerPlan], device: torch.device, calibration: Calibration | None
 ) -> Iterator[SolvedLayer]:
-    """Solve in order, while a thread reads the next weight.
-
-    On a GPU without calibration layers of one shape are solved together, which is equal up to rounding.
-    """
-    if device.type == "cuda" and calibration is None:
+    """Solve in order, while a thread reads the next weight; or layers of one shape together, if asked."""
+    if plan.options.together and calibration is None:
         yield from solve_ahead(plan, layers, device)
         return
     with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:

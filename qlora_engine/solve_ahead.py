@@ -1,7 +1,7 @@
-"""Layers solved on a GPU: several of one shape at once, the next ones read and uploaded meanwhile.
+"""Layers solved together, if asked: several of one shape at once, the next ones read and uploaded meanwhile.
 
 A small matrix does not fill a GPU, and a GPU waits for a disk that is not read ahead. So layers are taken in
-windows of a few gigabytes: within a window, those of one shape are solved together; while a window is solved,
+windows of half a gigabyte: within a window, those of one shape are solved together; while a window is solved,
 a thread reads the next into pinned memory and uploads it on a stream of its own.
 """
 
@@ -20,7 +20,7 @@ from .solve import SolvedLayer, may_share, solve_group, solve_layer
 # Of device memory a weight of a window, at most: it and the next one in 16 bits, and of a group that is being
 # solved float32 copies, workspaces, Krylov bases, and all iterates.
 _BYTES_A_WEIGHT = 32
-_MOST_WEIGHTS = 1 << 30  # 2 GB on disk: as much again in pinned memory, and lost when a run is killed
+_MOST_WEIGHTS = 1 << 28  # 537 MB on disk: twice as much in pinned memory, and lost when a run is killed
 
 
 class _Loaded(NamedTuple):
@@ -37,7 +37,7 @@ def solve_ahead(
         plan: The run's.
         layers: To solve.
         device: To compute on.
-        weights: In a window, at least one layer; None: as many as fit the device's free memory, up to 2^30.
+        weights: In a window, at least one layer; None: as many as fit the device's free memory, up to 2^28.
 
     Raises:
         InputError: as ``solve_layer``.

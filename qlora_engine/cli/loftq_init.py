@@ -98,6 +98,14 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
             },
         ),
         (("--svd",), {**text, "default": "fast", "help": "fast (error within 0.1 %) or exact. [fast]"}),
+        (
+            ("--together/--no-together",),
+            {
+                "default": False,
+                "help": "Solve layers of one shape at once, for a GPU that one does not fill: more memory; "
+                "equal up to rounding, not to the byte. [no]",
+            },
+        ),
         (("--seed",), {**number, "default": 0, "help": "Of everything random. [0]"}),
         (
             ("--target-modules",),

@@ -58,9 +58,12 @@ def parse_options(given: dict[str, Any]) -> InitOptions:
     budget = given["budget"]
     if budget is not None and (bits is not None or name is not None or given["bits_pattern"]):
         raise InputError("--budget chooses the widths: leave out --bits, --format and --bits-pattern")
+    if given["together"] and calibrated:
+        raise InputError("--together is for methods without calibration; leave it or --calibration out")
     same = (
         "block_size", "double_quant", "rank", "alpha", "rslora", "scales", "svd", "seed", "damping",
-        "quantize_rest", "dtype", "adapter_dtype", "max_shard_size", "save_format", "trust_remote_code",
+        "together", "quantize_rest", "dtype", "adapter_dtype", "max_shard_size", "save_format",
+        "trust_remote_code",
     )  # fmt: skip
     return InitOptions(
         method=method,

@@ -24,6 +24,7 @@ ADAPTER = Path("loftq_init") / "adapter_model.safetensors"
         ("--bits", 3, "--adapter-dtype", "bfloat16", "--alpha", 8),
         ("--save-format", "dense", "--rslora", "--quantize-rest", "--target-modules", "q_proj"),
         ("--target-modules", "embed_tokens,q_proj", "--bits", 2),
+        ("--together",),
     ],
 )
 def test_verify_reads_what_was_written(
