@@ -154,7 +154,7 @@ class Outcome:
     Attributes:
         steps: Optimizer steps, earlier sessions' included.
         losses: (step, training loss) as logged.
-        evaluations: (step, validation loss, perplexity).
+        evaluations: (step, validation loss, perplexity), the first before any step.
         seconds: Of this session.
         tokens_per_second: Of this session, padding not counted.
         peak_bytes: Largest allocation on the GPU; 0 on a CPU.
@@ -321,6 +321,7 @@ def finetune(
         optim=settings.optimizer,
         eval_strategy=strategy[settings.evaluate_every > 0] if evaluates else "no",
         eval_steps=settings.evaluate_every or None,
+        eval_on_start=evaluates and checkpoint is None,  # a resumed run has it in its log
         save_strategy=strategy[save_every > 0],
         save_steps=save_every or 500,
         save_total_limit=settings.keep,

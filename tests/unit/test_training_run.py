@@ -55,7 +55,8 @@ def test_early_stopping_ends_and_keeps_the_best(model: Any, data: Path, make_tok
     chosen = settings(data, max_steps=30, evaluate_every=1, early_stopping=2, keep=2, **bad)
     outcome = finetune(model, make_tokenizer(), chosen)
     assert outcome.steps < 30
-    losses = [loss for _, loss, _ in outcome.evaluations]
+    assert outcome.evaluations[0][0] == 0  # before any step
+    losses = [loss for _, loss, _ in outcome.evaluations[1:]]
     best = losses.index(min(losses))
     assert len(losses) == best + 1 + 2
     folder = data.parent / "out"
