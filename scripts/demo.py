@@ -1,4 +1,5 @@
-"""The tour that `scripts/demo` gives: a real fp16 checkpoint in; a 4-bit base, an adapter and a report out.
+"""The tour that `scripts/demo` gives: a real fp16 checkpoint in; a 4-bit base, an adapter and a report out;
+then a short fine-tuning of the adapter, and the trained model merged.
 
 Everything lies under .cache/demo and is used again by the next run. The result is loaded with transformers,
 bitsandbytes and peft alone, as someone would who does not have this project.
@@ -12,6 +13,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,8 +31,11 @@ ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / ".cache" / "demo"
 MODEL = HOME / "smollm2-fp16"
 OUT = HOME / "smollm2-nf4"
+TRAINED = HOME / "adapter"
+MERGED = HOME / "merged"
 PROMPT = "The capital of France is"
 WINDOWS, LENGTH = 16, 256
+STEPS = 24  # of fine-tuning: about a minute and a half on two CPU cores
 
 _began = time.perf_counter()
 
@@ -40,11 +45,37 @@ def say(text: str) -> None:
     print(f"\n[{time.perf_counter() - _began:4.0f}s] {text}", flush=True)
 
 
-def python_text() -> str:
+def python_topics() -> list[str]:
     """English that every Python carries: the language reference by topic."""
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name] for name in sorted(topics))
+    return [topics[name] for name in sorted(topics)]
+
+
+def python_text() -> str:
+    """All topics as one text."""
+    return "\n\n".join(python_topics())
+
+
+def write_rows(folder: Path) -> tuple[Path, Path]:
+    """The topics as files to train on and, every eighth of them, to measure on."""
+    topics = python_topics()
+    train, held_out = folder / "python-docs.jsonl", folder / "python-docs-held-out.jsonl"
+    for path, chosen in ((train, [t for i, t in enumerate(topics) if i % 8]), (held_out, topics[::8])):
+        # a topic is longer than the model is trained on at once: pieces of whole lines
+        path.write_text("".join(json.dumps({"text": piece}) + "\n" for t in chosen for piece in pieces(t)))
+    return train, held_out
+
+
+def pieces(text: str, characters: int = 900) -> list[str]:
+    """``text`` in pieces of whole lines, each at least so long but for the last, none of them blank."""
+    found, lines = [], list[str]()
+    for line in text.splitlines(keepends=True):
+        lines.append(line)
+        if sum(map(len, lines)) >= characters:
+            found.append("".join(lines))
+            lines = []
+    return [piece for piece in [*found, "".join(lines)] if piece.strip()]
 
 
 def text_windows(tokenizer: Any) -> torch.Tensor:
@@ -135,6 +166,39 @@ def compare(dtype: torch.dtype, device: str) -> dict[str, float]:
     return found
 
 
+def finetune() -> int:
+    """Train the adapter a little with qlora-finetune, merge it with qlora-merge; the exit status."""
+    train, held_out = write_rows(HOME)
+    base, adapter, merged = (str(path.relative_to(ROOT)) for path in (OUT, TRAINED, MERGED))
+    rows = ["--data", str(train.relative_to(ROOT)), "--validation", str(held_out.relative_to(ROOT))]
+    steps = ["--max-steps", str(STEPS), "--evaluate-every", str(STEPS)]
+    size = ["--batch-size", "2", "--max-length", str(LENGTH)]
+    rate = ["--learning-rate", "5e-4", "--sample", PROMPT, "--overwrite"]
+    for command in (
+        ["qlora-finetune", base, *rows, "--output", adapter, *steps, *size, *rate],
+        ["qlora-merge", base, adapter, merged, "--overwrite"],
+    ):
+        say("$ " + " ".join(shlex.quote(word) for word in command))
+        finished = subprocess.run(command, cwd=ROOT, check=False).returncode
+        if finished != 0:
+            return finished
+    log = json.loads((TRAINED / "training_log.json").read_text())
+    (_, before, _), (step, after, _) = log["evaluations"][0], log["evaluations"][-1]
+    print(
+        f"  loss a token of topics that were not trained on: {before:.4f} before, {after:.4f} after "
+        f"{step} steps (perplexity {math.exp(before):.2f} -> {math.exp(after):.2f})"
+    )
+    return 0
+
+
+def merged_completion(dtype: torch.dtype, device: str) -> None:
+    """What the merged model, an ordinary dense one, makes of the prompt."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(MERGED, dtype=dtype, device_map=device)
+    print(f"  {complete(model, AutoTokenizer.from_pretrained(MERGED))!r}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="scripts/demo", description="A tour of loftq-init on a real small model."
@@ -185,6 +249,12 @@ def main(argv: list[str] | None = None) -> int:
         found["4 bits + LoftQ"] - found["the fp16 model"],
     )
     print(f"  4 bits cost {lost:.3f}; with the LoftQ adapter, before any training, {kept:.3f}")
+    status = finetune()
+    if status != 0:
+        return status
+    say(f"The merged model, {_megabytes(MERGED):.0f} MB, loaded with transformers alone")
+    with _quietly():
+        merged_completion(torch.bfloat16 if gpu else torch.float32, "cuda" if gpu else "cpu")
     say(f"Done. The whole report: {(OUT / 'report.html').relative_to(ROOT)}")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -85,3 +86,22 @@ def test_demo_error_table_takes_geometric_means() -> None:
     assert rows["up"] == ["up", "2", "0.0600", "0.0400", "33.3%"]
     assert rows["down"] == ["down", "1", "0.0600", "0.0600", "0.0%"]
     assert rows["all"][2:] == ["3", "0.0600", "0.0458", "23.7%"]
+
+
+def test_demo_trains_and_measures_on_different_topics(tmp_path: Path) -> None:
+    train, held_out = (
+        [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        for path in demo.write_rows(tmp_path)
+    )
+    assert len(train) > 4 * len(held_out) > 0
+    everything = "".join(demo.python_topics())
+    assert sum(map(len, train + held_out)) > 0.99 * len(everything)
+    assert not {*train} & {*held_out}
+    assert all(text.strip() for text in train + held_out)
+
+
+def test_demo_pieces_are_whole_lines() -> None:
+    text = "".join(f"line {i}\n" for i in range(40))
+    assert "".join(demo.pieces(text, 50)) == text
+    assert all(len(piece) >= 50 for piece in demo.pieces(text, 50)[:-1])
+    assert demo.pieces("  \n\n", 50) == []
