@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import importlib.metadata
@@ -446,8 +447,12 @@ class LoraConfig(PeftConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain containers, without ``runtime_config``."""
-        values = super().to_dict()
+        """The fields as plain containers, without ``runtime_config`` and the texts that LoftQ looked at."""
+        lean = copy.copy(self)
+        if isinstance(lean.loftq_config, dict):  # a DataLoader or a generator can't be copied
+            live = ("calibration", "tokenizer")
+            lean.loftq_config = {key: value for key, value in lean.loftq_config.items() if key not in live}
+        values = dataclasses.asdict(lean)
         values.pop("runtime_config")
         return values
 

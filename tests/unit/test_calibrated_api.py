@@ -180,6 +180,18 @@ def test_the_config_is_as_it_was(make_model: Callable[..., Any]) -> None:
     assert all(layer.output_error is not None for layer in error_report(again))
 
 
+def test_a_config_with_live_texts_can_be_shown_and_saved(
+    make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    adapted, _ = adapt(make_model("llama"), (window for window in token_windows()))
+    config = adapted.peft_config["default"]
+    assert config.to_dict()["loftq_config"]["loftq_bits"] == 3
+    assert "calibration" not in config.to_dict()["loftq_config"]
+    assert config.loftq_config["calibration"] is not None
+    adapted.save_pretrained(tmp_path)
+    assert LoraConfig.from_pretrained(tmp_path).init_lora_weights is True
+
+
 def test_layers_that_saw_too_little_are_solved_by_loftq(make_model: Callable[..., Any]) -> None:
     _, layers = adapt(make_model("llama"), [window[:8] for window in token_windows(3)])
     assert all(
