@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -128,7 +129,7 @@ def on_an_old_cpu(shape: tuple[int, int]) -> Iterator[dict[str, Any]]:
 def measure(shape: tuple[int, int], repeats: int) -> list[dict[str, Any]]:
     """Every line, told on stderr as it comes."""
     rows = []
-    for line in (*on_this_cpu(shape, repeats), *on_an_old_cpu(shape)):
+    for line in itertools.chain(on_this_cpu(shape, repeats), on_an_old_cpu(shape)):
         rows.append(line)
         print(line, file=sys.stderr, flush=True)
     return rows
