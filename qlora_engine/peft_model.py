@@ -17,6 +17,7 @@ from .adapters import lora_layers, tuner_layers, wrappers
 from .attach import LoraModel
 from .config import PEFT_TYPE_TO_PREFIX_MAPPING, LoraConfig, PeftConfig
 from .peft_files import AdapterFiles
+from .taken_for_peft import TakenForPeft
 from .tuner_layer import BaseTunerLayer, as_names
 
 
@@ -31,7 +32,7 @@ def warn_about_name(adapter_name: str, config: PeftConfig) -> None:
         )
 
 
-class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
+class PeftModel(TakenForPeft, AdapterFiles, PushToHubMixin, nn.Module):
     """A model with adapters, and everything one does with them.
 
     Attributes that it does not have are the LoraModel's, and then the base model's.
