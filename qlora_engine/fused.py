@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quant.linear import QuantLinear
-from quant.linear_op import TENSOR_NAMES, Weight, multiply, multiply_transposed
+from quant.linear_op import TENSOR_NAMES, Weight, is_capturing, multiply, multiply_transposed
 from quant.spec import QuantSpec
 
 _MAX_SEED = 2**31 - 1
@@ -84,6 +84,9 @@ def lora_linear(
 
     Returns:
         (..., out_features).
+
+    Raises:
+        RuntimeError: dropout while a CUDA graph is captured.
     """
     kind = x.device.type
     out_dtype = compute = x.dtype
@@ -91,6 +94,10 @@ def lora_linear(
         out_dtype = compute = torch.get_autocast_dtype(kind)
     elif layer.compute_dtype is not None:
         compute = layer.compute_dtype
+    if dropout > 0.0 and is_capturing(x.device):
+        raise RuntimeError(
+            "dropout in a captured CUDA graph would repeat one mask at every replay: capture without dropout"
+        )
     weight = weight_of(layer)
     with torch.autocast(kind, enabled=False):
         # drawn on the host: no synchronisation, and activation checkpointing restores this generator

@@ -223,12 +223,13 @@ class _SwigluMlp(torch.autograd.Function):
 
         inner = gate_up.shape[1] - 2 * width
         d_gate, d_up, dh = gate_up[:, :width], gate_up[:, width : 2 * width], gate_up[:, 2 * width :]
-        dh[:, ranks:] = 0
+        if inner > ranks:
+            dh[:, ranks:] = 0
         for part, d_out, columns in ((gate, d_gate, dh[:, :r_gate]), (up, d_up, dh[:, r_gate:ranks])):
-            torch.mm(d_out, part.B.to(x.dtype), out=columns)
-            columns.mul_(part.scaling)
-        dB_gate = torch.mm(d_gate.t(), h[:, :r_gate]).mul_(gate.scaling)
-        dB_up = torch.mm(d_up.t(), h[:, r_gate:]).mul_(up.scaling)
+            columns.addmm_(d_out, part.B.to(x.dtype), beta=0, alpha=part.scaling)
+        # beta=0: the first argument only lends its shape
+        dB_gate = torch.addmm(gate.B.to(x.dtype), d_gate.t(), h[:, :r_gate], beta=0, alpha=gate.scaling)
+        dB_up = torch.addmm(up.B.to(x.dtype), d_up.t(), h[:, r_gate:], beta=0, alpha=up.scaling)
         dA = dh[:, :ranks].t() @ rows
         dx = times(d_gate, gate.weight)
         stacked = _padded(torch.cat([gate.A, up.A]).to(x.dtype), inner)
@@ -301,7 +302,7 @@ class _SharedInput:
 
 def _member_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     group, index = self._shared_input
-    y = None if args or kwargs else group.output(index, x)
+    y = None if args or kwargs or torch.compiler.is_compiling() else group.output(index, x)
     return type(self).forward(self, x, *args, **kwargs) if y is None else y
 
 
@@ -354,7 +355,7 @@ class _SharedProducts(torch.autograd.Function):
             out, r = part.weight.shape[0], len(part.A)
             dy = grad.reshape(-1, out).to(x.dtype)
             B = part.B.to(x.dtype)
-            torch.mm(dy, B * part.scaling, out=dh[:, first : first + r])
+            dh[:, first : first + r].addmm_(dy, B, beta=0, alpha=part.scaling)
             dBs.append(torch.addmm(B, dy.t(), h[:, first : first + r], beta=0, alpha=part.scaling))
             W = part.weight.decode(workspace(out * columns, x.dtype, x.device).view(out, columns))
             dx = dy @ W if dx is None else dx.addmm_(dy, W)

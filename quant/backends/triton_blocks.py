@@ -49,6 +49,7 @@ def swiglu(gate_up: Tensor, out: Tensor) -> Tensor:
         out: (tokens, width); written and returned. Rows of both may be strided.
     """
     tokens, width = out.shape
+    _check(gate_up, out)
     with on_device(out.device):
         _swiglu_kernel[(tokens, triton.cdiv(width, _BLOCK))](
             gate_up, out, width, gate_up.stride(0), out.stride(0), BLOCK=_BLOCK
@@ -64,13 +65,25 @@ def swiglu_backward(gate_up: Tensor, grad: Tensor) -> None:
         grad: (tokens, width); overwritten.
     """
     tokens, width = grad.shape
+    _check(gate_up, grad)
     with on_device(grad.device):
         _swiglu_backward_kernel[(tokens, triton.cdiv(width, _BLOCK))](
             gate_up, grad, width, gate_up.stride(0), grad.stride(0), BLOCK=_BLOCK
         )
 
 
-@triton.jit
+def _check(gate_up: Tensor, other: Tensor) -> None:
+    tokens, width = other.shape
+    fits = gate_up.shape[0] == tokens and gate_up.shape[1] >= 2 * width
+    if not fits or gate_up.stride(1) != 1 or other.stride(1) != 1:
+        raise ValueError(
+            f"gate_up {tuple(gate_up.shape)}, strides {gate_up.stride()}, does not fit {tuple(other.shape)}, "
+            f"strides {other.stride()}: rows of twice the width, each contiguous"
+        )
+
+
+# not specialised: a seed that is 1 or a multiple of 16 would compile another kernel, in the middle of a run
+@triton.jit(do_not_specialize=["seed"])
 def _dropout_kernel(x_ptr, out_ptr, seed, p, numel, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
@@ -90,7 +103,12 @@ def dropout(x: Tensor, p: float, seed: int, out: Tensor, *, accumulate: bool = F
         seed: The same seed gives the same mask, so that none need be stored.
         out: Contiguous, as ``x``; written, or added to, and returned.
         accumulate: Add to ``out``.
+
+    Raises:
+        ValueError: a tensor that is not contiguous, or of another size.
     """
+    if not (x.is_contiguous() and out.is_contiguous() and x.numel() == out.numel()):
+        raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} must be contiguous and of one size")
     with on_device(x.device):
         _dropout_kernel[(triton.cdiv(x.numel(), _BLOCK),)](
             x, out, seed, p, x.numel(), ACCUMULATE=accumulate, BLOCK=_BLOCK

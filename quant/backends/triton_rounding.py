@@ -35,10 +35,10 @@ def _sweep_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
     inside = row < n_rows
     column = tl.arange(0, COLUMNS)  # (COLUMNS,)
-    tile = column[:, None] * n_rows + row[None, :]
+    tile = column.to(tl.int64)[:, None] * n_rows + row[None, :]
     target = tl.load(base_ptr + tile, mask=(column < n_columns)[:, None] & inside[None, :], other=0.0)
+    at = row  # of column c; counted on, because c * n_rows would be a 32-bit product
     for c in range(n_columns):
-        at = c * n_rows + row
         anchor = tl.load(anchor_ptr + at, mask=inside, other=0.0)
         scale = tl.load(scales_ptr + at, mask=inside, other=0.0)
         inverse = tl.load(inverse_ptr + at, mask=inside, other=0.0)
@@ -56,6 +56,7 @@ def _sweep_kernel(
         target += weights[:, None] * (anchor - value)[None, :]
         tl.store(ranks_ptr + at, rank, mask=inside)
         tl.store(values_ptr + at, value, mask=inside)
+        at += n_rows
 
 
 def sweep_columns(
@@ -80,10 +81,16 @@ def sweep_columns(
         levels: (2**bits,) float32, ascending.
         midpoints: (2**bits - 1,) float32.
 
+    Raises:
+        ValueError: a tensor that is not contiguous.
+
     Returns:
         Index into ``levels``, (n, rows) int32, and (level - zero) * scale, (n, rows) float32.
     """
     n, rows = base.shape
+    for tensor in (base, anchor, feedback, scales, inverse, zeros):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"tensors must be contiguous; got strides {tensor.stride()} of {tensor.shape}")
     ranks = torch.empty(base.shape, dtype=torch.int32, device=base.device)
     values = torch.empty_like(base)
     with on_device(base.device):
