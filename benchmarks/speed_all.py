@@ -29,7 +29,7 @@ ESTIMATES = {
     "small": 70,
     "fp8": 40,
     "chunk": 30,
-    "checkpoint": 150,
+    "checkpoint": 160,
     "linear": 20,
     "qkv": 25,
     "solver": 60,

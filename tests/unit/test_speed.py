@@ -64,7 +64,7 @@ def test_all_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     outcome = speed_all.run_all(tmp_path, 100.0, tiny=True)
     assert set(outcome) == set(speed.SUITES) == set(speed_all.ESTIMATES)
     assert outcome["group"] == "failed: no kernel image"
-    assert outcome["checkpoint"].startswith("left out: about 150 s, ")
+    assert outcome["checkpoint"].startswith("left out: about 160 s, ")
     assert outcome["mlp"] == "done in 0 s"
     saved = json.loads((tmp_path / "gpu-mlp.json").read_text())
     assert saved["rows"] == rows
