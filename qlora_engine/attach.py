@@ -256,8 +256,8 @@ class LoraModel(nn.Module):
         make: Callable[[], AbstractContextManager[Any]] = _on_meta if low_cpu_mem_usage else nullcontext
         with ExitStack() as stack:
             if config.init_lora_weights == "loftq" and not low_cpu_mem_usage:
-                stack.enter_context(calibrated(model, config, plan.targeted))
                 self._check_loftq(config, model, plan.targeted)
+                stack.enter_context(calibrated(model, config, plan.targeted))
             for key in plan.targeted:
                 with make():
                     self._adapt(config, adapter_name, model, key)

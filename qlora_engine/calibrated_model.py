@@ -49,6 +49,9 @@ def calibrated(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> It
     before = config.loftq_config
     with ExitStack() as stack:
         found = _obtain(model, settings, config, names, stack)
+        for name in names:
+            layer: Any = model.get_submodule(name)
+            check_moment(found, name, layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer)
         config.loftq_config = {**before, "calibration": found}  # type: ignore[dict-item]
         try:
             yield
@@ -59,6 +62,8 @@ def calibrated(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> It
 def check_moment(calibration: Any, name: str, base: nn.Module) -> None:
     """Refuse moments that were computed elsewhere and lack this layer, or are of another model.
 
+    Texts that have yet to run through the model are let pass.
+
     Raises:
         ValueError: naming the layer.
     """
@@ -66,7 +71,7 @@ def check_moment(calibration: Any, name: str, base: nn.Module) -> None:
         return
     if isinstance(calibration, Calibration) and calibration.problem(name) is None:
         calibration.check(name, dense_weight(base))
-    elif not isinstance(calibration, Calibration) and name not in calibration:
+    elif not isinstance(calibration, Calibration) and _is_moments(calibration) and name not in calibration:
         raise ValueError(f"calibration has no second moment for '{name}' ({type(base).__name__})")
 
 

@@ -151,12 +151,28 @@ def test_a_calibration_its_file_or_a_dict(make_model: Callable[..., Any], tmp_pa
         assert all(torch.equal(value, state[key]) for key, value in states[0].items())
 
 
-def test_moments_of_another_model_are_refused(make_model: Callable[..., Any]) -> None:
+def test_moments_of_another_model_are_refused(make_model: Callable[..., Any], tmp_path: Path) -> None:
     found = calibrate(make_model("llama", seed=5), token_windows())
     with pytest.raises(InputError, match="made with another model"):
         adapt(make_model("llama"), found)
+    found.save(tmp_path / "c.safetensors")
+    model = make_model("llama")
+    with pytest.raises(InputError, match="made with another model"):
+        adapt(model, tmp_path / "c.safetensors")
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
     with pytest.raises(ValueError, match=r"no second moment for 'model\.layers\.0\.self_attn\.q_proj'"):
         adapt(make_model("llama"), {"elsewhere": torch.eye(64)})
+
+
+def test_what_cannot_be_solved_is_refused_before_texts_are_run(make_model: Callable[..., Any]) -> None:
+    def texts() -> Iterator[Tensor]:
+        raise AssertionError("read")
+        yield
+
+    settings = LoftQConfig(loftq_bits=3, calibration=texts(), propagate=True)
+    config = LoraConfig(r=65, target_modules=["q_proj"], init_lora_weights="loftq", loftq_config=settings)
+    with pytest.raises(InputError, match="rank 65"):
+        get_peft_model(make_model("llama"), config)
 
 
 def test_recipe_is_the_default_with_a_calibration() -> None:
