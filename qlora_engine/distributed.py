@@ -98,6 +98,16 @@ def join(device_type: str) -> World:
     return here
 
 
+def leave() -> None:
+    """Disconnect, once all have come so far: a process that ends first would take its connections away."""
+    if world().size > 1:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
 def _terminate(*_: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; torchrun kills after half a minute
     raise Terminated

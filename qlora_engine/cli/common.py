@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 import click
 from rich.console import Console
 
-from qlora_engine.distributed import lost_another, say_once
+from qlora_engine.distributed import leave, lost_another, say_once
 from qlora_engine.errors import InputError, did_you_mean
 
 INTERRUPTED = 130  # as a shell reports SIGINT
@@ -61,6 +61,7 @@ def run_command(
     """
     try:
         status = command.main(args=arguments, prog_name=program, standalone_mode=False)
+        leave()
     except click.UsageError as error:
         fail(program, f"{error.format_message()} (see {program} --help)")
     except click.ClickException as error:
