@@ -36,10 +36,10 @@ NAME = "model.layers.11.self_attn.q_proj" + "a" * 40 + "!"
 @pytest.mark.parametrize("pattern", FINE)
 def test_patterns_in_use_are_taken(pattern: str) -> None:
     assert why_slow(pattern) is None
-    began = time.perf_counter()
+    began = time.process_time()
     re.fullmatch(pattern, NAME)
     re.match(rf"(.*\.)?({pattern})$", NAME)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize(("pattern", "reason"), SLOW)
@@ -57,6 +57,6 @@ def test_no_pattern_at_all() -> None:
 def test_as_many_repeats_as_allowed_end_in_time() -> None:
     pattern = ".*" * MAX_REPEATS + "x"
     assert why_slow(pattern) is None
-    began = time.perf_counter()
+    began = time.process_time()
     assert re.fullmatch(pattern, NAME[:60]) is None
-    assert time.perf_counter() - began < 60
+    assert time.process_time() - began < 60
