@@ -305,6 +305,8 @@ def load(folder: Path, adapter: Path | None, options: dict[str, Any]) -> tuple[A
     if adapter is not None:
         config = LoraConfig.from_pretrained(str(adapter))
         config.inference_mode = False
+        if folder.parent.name != "snapshots":  # not of the hub's cache: the base is where it lies now
+            config.base_model_name_or_path = str(folder)
     else:
         targets = common.parse_targets("--target-modules", options["target_modules"])
         config = LoraConfig(
