@@ -33,6 +33,10 @@ class TakenForPeft:
         own: Any = type(self)
         return _also(own, theirs)
 
+    @__class__.setter
+    def __class__(self, cls: Any) -> None:  # FSDP2 puts a class of its own in front
+        object.__dict__["__class__"].__set__(self, cls)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # pickle compares ``__class__`` with the class that it writes, unless the maker has a name of its own.
         parts: Any = super().__reduce_ex__(max(2, protocol))
