@@ -152,6 +152,12 @@ class DiskBase:
                     raise InputError(f"'{name}' is quantised, but is no weight of {architecture.class_name}")
                 kept += entries.values()
                 continue
+            wanted = architecture.parameters.get(home.parameter)
+            if kind == "dense" and wanted is not None and entries[name].shape != wanted:
+                raise InputError(
+                    f"'{name}' has shape {entries[name].shape}, {architecture.class_name} has {wanted}; is "
+                    "it quantised, with a damaged quant_state?"
+                )
             module = modules.get(home.parameter.removesuffix(".weight"))
             if kind != "dense" and (module is None or not module.shape):
                 raise InputError(f"'{name}' is quantised, but belongs to no Linear, Conv1D or Embedding")
