@@ -78,9 +78,7 @@ def _quantize_blocks(piece: Tensor, thresholds: tuple[float, ...], bits: int) ->
     byte: Tensor | None = None
     for k in range(together):
         x = blocks[:, k::together] * factor
-        rank = torch.zeros_like(
-            x
-        )  # counted in float32: narrowing once at the end keeps the loop in registers
+        rank = torch.zeros_like(x)  # in float32: narrowing once at the end keeps the loop in registers
         for threshold in thresholds:
             rank = rank + (x > threshold).to(torch.float32)
         byte = rank if byte is None else byte * 2**bits + rank
