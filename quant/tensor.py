@@ -10,13 +10,13 @@ from torch import Tensor
 
 from quant import backends, packing
 from quant.backends import AUTO, lookup
+from quant.formats import Format
 from quant.nested import Nested, double_dequantize, double_quantize
 from quant.scales import search_nested_scales, search_scales
 from quant.spec import NESTED_BLOCK_SIZE, QuantSpec
 
 SCALE_RULES = ("absmax", "mse", "signed-mse")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST_SCALE = 1e35  # 255 times it, and its like with a search's factor, are finite
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 _TENSORS = ("codes", "scales", "zeros", "nested_scales", "nested_offset", "nested_map")
 
@@ -256,13 +256,13 @@ def quantize(
         codes, dense, zeros = torch.ops.quant.quantize(weight, spec.format, block_size, backend)
         zeros = zeros if fmt.affine else None
         if check:
-            _refuse_non_finite(dense, weight, name)
+            _refuse_non_finite(dense, weight, fmt, name)
         nested = double_quantize(dense, signed=fmt.signed) if spec.double_quant else None
     else:
         signed = scales == "signed-mse" and not fmt.affine
         dense, zeros = search_scales(weight, spec, signed, importance)
         if check:
-            _refuse_non_finite(dense, weight, name)
+            _refuse_non_finite(dense, weight, fmt, name)
         nested = double_quantize(dense, signed=signed or fmt.signed) if spec.double_quant else None
         if nested is not None:
             nested = search_nested_scales(weight, spec, nested, zeros, importance)
@@ -284,9 +284,7 @@ def refuse_overflow(q: QuantizedTensor, name: str | None = None) -> None:
     """
     if q.dtype != torch.float16 or not q.numel:
         return
-    levels = q.spec.fmt.levels
-    reach = max(levels) - min(levels) if q.spec.fmt.affine else max(map(abs, levels))
-    if q.dense_scales().abs().max().item() * reach < _FLOAT16_MAX:
+    if q.dense_scales().abs().max().item() * _reach(q.spec.fmt) < _FLOAT16_MAX:
         return
     largest = q.dequantize(torch.float32).abs().max().item()
     if largest > _FLOAT16_MAX:
@@ -380,9 +378,15 @@ def _check_scales(numel: int, spec: QuantSpec, scales: Tensor, zeros: Tensor | N
         raise ValueError(f"zeros must be uint8 ({blocks},), got {zeros.dtype} {tuple(zeros.shape)}")
 
 
-def _refuse_non_finite(scales: Tensor, weight: Tensor, name: str | None) -> None:
+def _reach(fmt: Format) -> float:
+    """The largest value of a block whose scale is 1."""
+    return max(fmt.levels) - min(fmt.levels) if fmt.affine else max(map(abs, fmt.levels))
+
+
+def _refuse_non_finite(scales: Tensor, weight: Tensor, fmt: Format, name: str | None) -> None:
     """A NaN or inf shows in its block's scale, which is 1/block_size of the data to look at."""
-    if not (scales.abs() < _LARGEST_SCALE).all():
+    # half of the range is left for a search, which tries larger scales than it takes
+    if not (scales.abs() < torch.finfo(torch.float32).max / (2 * _reach(fmt))).all():
         bad = int((~torch.isfinite(weight)).sum())
         if bad:
             raise ValueError(

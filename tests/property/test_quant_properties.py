@@ -72,14 +72,23 @@ def test_scaling_by_a_power_of_two_scales_the_result(w, name, block_size, power)
     assert torch.equal(a.dequantize() * 2.0**power, b.dequantize())
 
 
-@given(w=weights(), name=NAMES, block_size=BLOCK_SIZES, rule=RULES)
-def test_scaling_scales_the_error_of_every_rule(w, name, block_size, rule):
+@given(w=weights(), name=NAMES, block_size=BLOCK_SIZES, rule=RULES, power=st.integers(-8, 8))
+def test_a_power_of_two_scales_the_result_of_every_rule(w, name, block_size, rule, power):
+    spec = QuantSpec(name, block_size)
+    a, b = quantize(w, spec, scales=rule), quantize(w * 2.0**power, spec, scales=rule)
+    assert torch.equal(a.dequantize() * 2.0**power, b.dequantize())
+
+
+@given(seed=st.integers(0, 2**31), name=NAMES, block_size=BLOCK_SIZES, rule=RULES)
+def test_scaling_scales_the_error_of_every_rule(seed, name, block_size, rule):
+    """In full blocks: where a line goes through all values of one, rounding chooses among candidates."""
+    w = torch.randn(4 * block_size, generator=torch.Generator().manual_seed(seed))
     spec = QuantSpec(name, block_size)
     a = (quantize(w, spec, scales=rule).dequantize() - w).norm()
     b = (quantize(w * 3.7, spec, scales=rule).dequantize() / 3.7 - w).norm()
-    # a tie that falls the other way moves one candidate of the search
-    assert b <= 1.02 * a + 1e-5 * w.norm()
-    assert a <= 1.02 * b + 1e-5 * w.norm()
+    # a tie that falls the other way moves one candidate of the search: by 4e-4 at most in 10,000 weights
+    assert b <= 1.01 * a + 1e-5 * w.norm()
+    assert a <= 1.01 * b + 1e-5 * w.norm()
 
 
 @given(w=weights(), name=SYMMETRIC, block_size=BLOCK_SIZES)
