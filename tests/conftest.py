@@ -22,8 +22,8 @@ if not torch.cuda.is_available():
     # before anything imports triton: its own library is compiled or interpreted as a whole
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# No deadline: on a busy machine a slow example is not a bug. The same examples at every run, so that a failure
-# is a change's; HYPOTHESIS_RANDOM=1 looks for new ones.
+# No deadline: on a busy machine a slow example is not a bug. The same examples at every run, so that a
+# failure is a change's; HYPOTHESIS_RANDOM=1 looks for new ones.
 settings.register_profile("repeated", deadline=None, derandomize=True)
 settings.register_profile("random", deadline=None)
 settings.load_profile("random" if os.environ.get("HYPOTHESIS_RANDOM") else "repeated")
