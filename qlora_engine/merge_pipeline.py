@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import json
 import os
-import resource
 import shutil
 import time
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from .fingerprint import FINGERPRINT_FILE, Fingerprint, module_digest
 from .merge_plan import Job, MergePlan
 from .merge_worker import LazyTensor, MergedLayer, Progress, Worker
 from .options import InitOptions
+from .peak_memory import peak_memory
 from .pipeline import versions
 from .plan import LayerPlan, Plan, skip_modules
 from .safetensors_io import TensorEntry, Writable, read_header, write_file
@@ -316,7 +316,7 @@ def _assemble(
         bytes_in=plan.base.checkpoint.nbytes,
         bytes_out=total,
         seconds=time.perf_counter() - began,
-        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss=peak_memory(),
         versions=versions(),
     )
     write_json(result / REPORT_FILE, report.to_json())

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +26,7 @@ from .distributed import barrier, from_main, together, world
 from .errors import InputError
 from .files import copy_file, rename_into_place, write_json
 from .fingerprint import Fingerprint
+from .peak_memory import peak_memory
 from .plan import LayerPlan, Plan
 from .report import LayerReport, RunReport, dumps
 from .report_html import write_html
@@ -415,7 +415,7 @@ def _assemble(
         bytes_out=total,
         adapter_bytes=sum(entry.nbytes for entry in factors),
         seconds=seconds(),
-        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss=peak_memory(),
     )
     report.write(result)
     write_html(report, result)
