@@ -15,6 +15,7 @@ renames neither name may exist: the next run that is given the same output finis
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Workspace:
     out: Path
     root: Path
     _lock: Lock
+    _may_replace: bool = False  # the user agreed to lose what is in ``out``
 
     @staticmethod
     def folder_for(out: Path) -> Path:
@@ -62,7 +64,8 @@ class Workspace:
         """
         out = Path(os.path.realpath(out))
         root = cls.folder_for(out)
-        if root.exists():
+        if os.path.lexists(root):
+            _check_ours(root, out)
             workspace = cls(out, root, Lock(root / "lock", out))
             workspace._recover()
             workspace.close(remove=not (root / RUN_FILE).exists())
@@ -88,7 +91,9 @@ class Workspace:
         check_output(out, overwrite=overwrite or resume)
         out.parent.mkdir(parents=True, exist_ok=True)
         root = cls.folder_for(out)
-        is_new = not root.exists()
+        is_new = not os.path.lexists(root)
+        if not is_new:
+            _check_ours(root, out)
         root.mkdir(exist_ok=True)
         workspace = cls(out, root, Lock(root / "lock", out))
         try:
@@ -127,6 +132,7 @@ class Workspace:
                     "(--overwrite begins anew)"
                 )
         check_output(self.out, overwrite=may_replace)
+        self._may_replace = may_replace
         if not file.exists() or (overwrite and not resume):
             self._clear()
             self.pieces.mkdir()
@@ -165,8 +171,18 @@ class Workspace:
         sync_folder(self.root)
 
     def publish(self) -> None:
-        """Put the whole output in its place and remove the workspace."""
+        """Put the whole output in its place and remove the workspace.
+
+        Raises:
+            OSError: somebody else put something there meanwhile; the output stays in the workspace.
+        """
         if self.out.exists() and not _is_empty(self.out):
+            if not self._may_replace:
+                raise FileExistsError(
+                    errno.EEXIST,
+                    f"{self.out} was filled by something else while this ran; the output is whole in "
+                    f"{self.root / 'done'}",
+                )
             os.rename(self.out, self.root / "replaced")
         os.rename(self.root / "done", self.out)
         sync_folder(self.out.parent)
@@ -183,6 +199,17 @@ class Workspace:
             except OSError:  # another process has just begun to wait for the lock here
                 return
             sync_folder(self.root.parent)
+
+
+def _check_ours(root: Path, out: Path) -> None:
+    """Refuse a folder of another's under the workspace's name: what is in it would be removed."""
+    if root.is_symlink() or not root.is_dir():
+        raise InputError(f"{root} is no folder, and unfinished work for {out} is kept there; remove it")
+    names = {path.name for path in root.iterdir()}
+    if names and not names & {"lock", RUN_FILE}:
+        raise InputError(
+            f"{root} holds '{min(names)}' and no unfinished work, which for {out} is kept there; move it away"
+        )
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:

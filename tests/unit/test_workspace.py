@@ -79,6 +79,47 @@ def test_resume_does_not_replace_what_came_meanwhile(out: Path) -> None:
     assert names(out) == ["mine.txt"]
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_came_while_the_run_went_on_is_not_replaced(out: Path, resumed: bool) -> None:
+    workspace = Workspace.open(out, RUN)
+    if resumed:
+        workspace.close(remove=False)
+        workspace = Workspace.open(out, RUN, resume=True)
+    (workspace.result / "file.txt").write_text("new")
+    workspace.finish()
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"the output is whole in .*/done"):
+        workspace.publish()
+    workspace.close(remove=False)
+    assert names(out) == ["mine.txt"]
+    (out / "mine.txt").rename(out.parent / "mine.txt")
+    again = Workspace.open(out, RUN, resume=True)
+    assert again.is_done
+    again.publish()
+    assert names(out) == ["file.txt"]
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "folder"])
+def test_another_folder_under_the_name_of_the_workspace_is_left_alone(tmp_path: Path, kind: str) -> None:
+    """In a folder that others can write to, a link of that name would have emptied what it leads to."""
+    out, precious = tmp_path / "out", tmp_path / "precious"
+    root = Workspace.folder_for(out)
+    precious.mkdir()
+    (precious / "mine.txt").write_text("mine")
+    if kind == "link":
+        root.symlink_to(precious)
+    elif kind == "file":
+        root.write_text("mine")
+    else:
+        precious.rename(root)
+    for begin in (lambda: Workspace.open(out, RUN, overwrite=True), lambda: Workspace.tidy(out)):
+        with pytest.raises(InputError, match=r"\.out\.unfinished"):
+            begin()
+    kept = root if kind == "file" else root / "mine.txt"
+    assert kept.read_text() == "mine"
+
+
 def test_second_holder_is_refused(out: Path) -> None:
     first = Workspace.open(out, RUN)
     (first.pieces / "00000.done").touch()
