@@ -249,7 +249,7 @@ def _bnb_spec(name: str, kind: str, entries: Mapping[str, TensorEntry]) -> Quant
         values = json.loads(bytes(state.read().numpy()).decode())
         fmt = BNB_TYPES[values["quant_type"]]
         return QuantSpec(fmt, values["blocksize"], double_quant="nested_blocksize" in values)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"'{name}' has a broken bitsandbytes quant_state: {error!r}") from error
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import InputError
 from .files import read_json_object, write_json
-from .safetensors_io import FLOAT_DTYPES, TensorEntry, read_header
+from .safetensors_io import FLOAT_DTYPES, MAX_HEADER_BYTES, TensorEntry, read_header
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -26,6 +26,7 @@ SIDE_FILES = (
     "video_preprocessor_config.json", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*",
     "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json",
 )  # fmt: skip
+_DIGITS = 18  # Python refuses to read an integer of thousands
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -44,8 +45,11 @@ def parse_size(text: str | int) -> int:
 
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:
-    """Sort key by which ``layers.2`` comes before ``layers.10``."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
+    """Sort key by which ``layers.2`` comes before ``layers.10``; more digits than a layer has are text."""
+    return [
+        (0, int(part), "") if part.isdecimal() and len(part) <= _DIGITS else (1, 0, part)
+        for part in name.split(".")
+    ]
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -72,7 +76,7 @@ def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The weight files, and the index's map from tensor to file if there is an index."""
     index = folder / INDEX_FILE
     if index.is_file():
-        weight_map = read_json_object(index).get("weight_map")
+        weight_map = read_json_object(index, strict=True).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index} has no weight_map")
         names = {repr(name): name for name in weight_map.values()}
@@ -153,7 +157,7 @@ class Checkpoint:
         for shard in self.shards:
             facts = shard.stat()
             with shard.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
+                length = min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES)
                 digest = hashlib.sha256(file.read(length)).hexdigest()
             found[shard.name] = f"{facts.st_size} {facts.st_mtime_ns} {digest}"
         return found

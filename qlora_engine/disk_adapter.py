@@ -143,7 +143,7 @@ def _hint(folder: Path) -> str:
 
 
 def _read_config(folder: Path) -> LoraConfig:
-    values = read_json_object(folder / CONFIG_FILE)
+    values = read_json_object(folder / CONFIG_FILE, strict=True)
     kind = values.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{folder / CONFIG_FILE}: peft_type is {kind!r}; only LORA can be merged")
@@ -220,6 +220,8 @@ def _part(config: LoraConfig, path: str, found: dict[str, Any]) -> ModulePart:
         )
     if "magnitude" in found and not config.use_dora:
         raise InputError(f"{A.path}: '{path}' has a DoRA magnitude, but {CONFIG_FILE} has no use_dora")
+    if config.use_dora and "magnitude" not in found:
+        raise InputError(f"{A.path}: {CONFIG_FILE} has use_dora, but '{path}' has no DoRA magnitude")
     return ModulePart(
         path,
         A=A,

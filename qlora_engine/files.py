@@ -80,8 +80,28 @@ def check_json_size(text: bytes) -> None:
         raise ValueError(f"{marks} values and keys, more than the {MAX_JSON_MARKS} that are accepted")
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """``object_pairs_hook`` of json: an object that gives a key twice means two things.
+
+    Raises:
+        ValueError: a key that appears twice.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"'{name}' appears twice")
+            seen.add(name)
+    return found
+
+
+def read_json_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
     """A JSON file that must hold an object.
+
+    Args:
+        path: The file.
+        strict: Refuse a key that appears twice; Python's parser and others take the last.
 
     Raises:
         InputError: too large, not UTF-8, not JSON, nested absurdly deep, or not an object.
@@ -93,7 +113,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         text = path.read_bytes()
         check_json_size(text)
-        value = json.loads(text.decode("utf-8"))
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates if strict else None)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -110,19 +130,24 @@ class Lock:
 
     Raises:
         Busy: another process holds it.
+        OSError: no lock can be made there; a link in its place is not followed (it might lead to a file that
+            somebody wants this process to overwrite).
     """
 
     def __init__(self, path: Path, what: object) -> None:
         self.path = path
         while True:
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 owner = os.pread(self._handle, 32, 0).decode("ascii", "replace").strip()
                 os.close(self._handle)
                 holder = f" (process {owner})" if owner else ""
                 raise Busy(f"another process{holder} is writing {what}; wait until it ends") from error
+            except OSError as error:  # a file system without locks
+                os.close(self._handle)
+                raise OSError(error.errno, error.strerror, str(path)) from error
             if self._is_current():
                 break
             os.close(self._handle)  # the previous holder removed this file while we opened it

@@ -16,7 +16,7 @@ from typing import Any
 from .architecture import ModuleInfo
 from .checkpoint import CONFIG_FILE, shard_names, split_shards, write_index
 from .errors import InputError
-from .files import copy_file, rename_into_place, write_json
+from .files import copy_file, read_json_object, rename_into_place, write_json
 from .fingerprint import FINGERPRINT_FILE, Fingerprint, module_digest
 from .merge_plan import Job, MergePlan
 from .merge_worker import LazyTensor, MergedLayer, Progress, Worker
@@ -216,8 +216,11 @@ def _copied(job: Job) -> Writable:
 
 
 def _read_records(path: Path) -> list[MergedLayer]:
-    found = json.loads(path.read_text())["layers"]
-    return [MergedLayer(**{**values, "shape": tuple(values["shape"])}) for values in found]
+    try:
+        found = read_json_object(path)["layers"]
+        return [MergedLayer(**{**values, "shape": tuple(values["shape"])}) for values in found]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error!r}") from error
 
 
 def _read_report(folder: Path) -> MergeReport:

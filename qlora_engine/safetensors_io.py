@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .files import check_json_size
+from .files import check_json_size, no_duplicates
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_DIMS = 64  # torch's
@@ -38,6 +39,7 @@ TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
 
 
@@ -168,17 +170,6 @@ def _read_into(path: Path, target: memoryview, begin: int) -> None:
         os.close(file)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise ValueError(f"'{name}' appears twice")
-            seen.add(name)
-    return found
-
-
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
@@ -186,6 +177,8 @@ def _is_count(value: Any) -> bool:
 def _parse_entry(path: Path, name: str, entry: Any, data_begin: int, data_bytes: int) -> TensorEntry:
     if not isinstance(entry, dict):
         raise ValueError(f"tensor '{name}' is not an object")
+    if _LONE_SURROGATE.search(name):  # JSON can escape one, UTF-8 cannot hold it
+        raise ValueError(f"the name {name!a:.60} of a tensor is not text (half of a surrogate pair)")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"tensor '{name}' has unknown dtype {dtype!r:.60}")
@@ -238,7 +231,7 @@ def _parse_header(
     if not text.startswith(b"{"):
         raise ValueError("the header does not start with '{'")
     check_json_size(text)
-    header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    header = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ is not a map from text to text")

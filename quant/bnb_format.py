@@ -119,7 +119,7 @@ def from_bnb(
         state = json.loads(bytes(tensors[key].cpu().numpy()).decode())
         fmt = BNB_TYPES[state["quant_type"]]
         original = getattr(torch, state["dtype"])
-        if not isinstance(original, torch.dtype):
+        if not isinstance(original, torch.dtype) or not original.is_floating_point:
             raise ValueError(f"dtype {state['dtype']!r}")
         spec = QuantSpec(fmt, state["blocksize"], double_quant="nested_blocksize" in state)
         shape = torch.Size(state["shape"])
@@ -132,7 +132,7 @@ def from_bnb(
             found["nested_offset"] = torch.tensor(
                 float(state["nested_offset"]), dtype=torch.float32, device=tensors[name].device
             )
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{name!r}: broken bitsandbytes quant_state: {error!r}") from error
     return _build(name, found, shape, original, spec)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from qlora_engine import distributed
 from qlora_engine.errors import InputError
-from qlora_engine.files import sync_folder, write_json
+from qlora_engine.files import read_json_object, sync_folder, write_json
 
 from . import recompute
 from .data import Collator, RowEncoder, Rows, Sequences, pack, split
@@ -403,7 +402,7 @@ def _checkpoint(output: Path, checkpoints: Path, settings: Settings, resume: boo
     if resume:
         if not stored.is_file():
             raise InputError(f"nothing to resume in {output}: no {stored.name}")
-        then = json.loads(stored.read_text())
+        then = read_json_object(stored)
         changed = [key for key in now if now[key] != then.get(key) and key not in ("sample", "tensorboard")]
         if changed:
             key = changed[0]

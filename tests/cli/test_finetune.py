@@ -103,6 +103,10 @@ def test_killed_and_resumed_gives_the_same_curve(quantised: Path, rows: Path, tm
     other = invoke(quantised, "--data", rows, "--output", cut, *STEPS, "--resume", "--learning-rate", "1")
     assert other[0] == 2
     assert "learning_rate was 0.0002, is 1.0" in other[2]
+    (cut / "checkpoints" / "settings.json").write_text("{")
+    damaged = invoke(quantised, "--data", rows, "--output", cut, *STEPS, "--resume")
+    assert damaged[0] == 2
+    assert "settings.json is not valid JSON" in damaged[2]
 
 
 def test_a_dense_model_is_quantised_on_the_fly(dense_model: Path, rows: Path, tmp_path: Path) -> None:

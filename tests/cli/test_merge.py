@@ -367,6 +367,14 @@ BAD: list[tuple[str, Callable[[Path], Any], str]] = [
         "initialised by pissa, which changed its base",
     ),
     ("parameters", lambda f: spoil_config(f, target_parameters=["x"]), "adapts parameters"),
+    ("no magnitude", lambda f: spoil_config(f, use_dora=True), "has no DoRA magnitude"),
+    (
+        "key twice",
+        lambda f: (f / "adapter_config.json").write_text(
+            (f / "adapter_config.json").read_text().replace("{", '{"lora_alpha": 64,', 1)
+        ),
+        "'lora_alpha' appears twice",
+    ),
     ("rank", lambda f: spoil_config(f, r=8), "has rank 4, adapter_config.json says 8"),
     ("half", lambda f: spoil_tensor(f, lambda t: t.pop(A0)), "is incomplete: it lacks lora_A or lora_B"),
     (
@@ -511,6 +519,27 @@ def test_killed_anywhere_and_resumed_gives_the_same_files(
         assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "out", "reference"]
         shutil.rmtree(out)
     assert absent > 5
+
+
+@pytest.mark.parametrize("notes", ["{", "[]", "{}", '{"layers": [{"shape": 3}]}'])
+def test_damaged_notes_of_an_unfinished_run_are_one_line(
+    notes: str, tmp_path: Path, make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out = make_checkpoint("llama", shard_size="60KB"), tmp_path / "out"
+    adapter(load("llama", base).float(), tmp_path / "adapter", target_modules=["q_proj"])
+    arguments = (base, tmp_path / "adapter", out, "--max-shard-size", "60KB")
+    from qlora_engine import merge_pipeline
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(merge_pipeline, "_assemble", fail)
+    error(invoke(*arguments))
+    monkeypatch.undo()
+    path = sorted((tmp_path / ".out.unfinished" / "pieces").glob("*.json"))[0]
+    path.write_text(notes)
+    assert path.name in error(invoke(*arguments, "--resume"))
+    assert done(invoke(*arguments)).code == 0
 
 
 def test_resume_keeps_finished_files_and_refuses_another_run(

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from qlora_engine.architecture import read_architecture
 from qlora_engine.base_on_disk import DiskBase
 from qlora_engine.checkpoint import Checkpoint
 from qlora_engine.errors import InputError
+from qlora_engine.loading import from_pretrained
 from tests.cli.command import invoke
 
 
@@ -31,3 +34,31 @@ def test_a_quant_state_under_another_name(make_checkpoint: Callable[..., Path], 
     checkpoint = Checkpoint.open(out)
     with pytest.raises(InputError, match=r"has shape \(2048, 1\), LlamaForCausalLM has \(64, 64\)"):
         DiskBase.open(checkpoint, read_architecture(out, checkpoint.config))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[" * 100_000, "broken bitsandbytes quant_state: RecursionError"),
+        (b'{"dtype": ' + b"9" * 5000 + b"}", "broken bitsandbytes quant_state"),
+        (b'{"quant_type": "nf4", "blocksize": 64, "dtype": "int8", "shape": [64, 64]}', "'int8'"),
+    ],
+    ids=["deep", "digits", "dtype"],
+)
+def test_a_hostile_quant_state(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, text: bytes, message: str
+) -> None:
+    """Read for its format when a merge is planned, and whole when the weight is."""
+    out = tmp_path / "out"
+    assert invoke(make_checkpoint("llama"), out, "--rank", 2, "--quiet").code == 0
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    tensors = load_file(out / "model.safetensors")
+    key = next(name for name in tensors if name.startswith(f"{weight}.quant_state"))
+    tensors[key] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    checkpoint = Checkpoint.open(out)
+    architecture = read_architecture(out, checkpoint.config)
+    with pytest.raises(InputError, match=message):
+        DiskBase.open(checkpoint, architecture).weights[weight].read()
+    with pytest.raises(InputError, match=message):
+        from_pretrained(out)

@@ -117,7 +117,10 @@ def shard_path(folder: Path) -> str:
     return sorted(path.name for path in folder.glob("*.safetensors"))[0]
 
 
-@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {}}', "[]", "{"])
+@pytest.mark.parametrize(
+    "index",
+    ["{}", '{"weight_map": []}', '{"weight_map": {}}', "[]", "{", '{"weight_map": {"a": "x", "a": "y"}}'],
+)
 def test_open_refuses_a_bad_index(folder: Path, index: str) -> None:
     (folder / INDEX_FILE).write_text(index)
     with pytest.raises(InputError, match=INDEX_FILE):
@@ -181,6 +184,7 @@ def test_identity_changes_with_the_input(folder: Path) -> None:
 def test_natural_order() -> None:
     names = ["a.10.b", "a.2.b", "a.2.a", "a.b", "b", "a.2"]
     assert sorted(names, key=natural_order) == ["a.2", "a.2.a", "a.2.b", "a.10.b", "a.b", "b"]
+    assert sorted(["a." + "9" * 5000, "a.10", "a.x"], key=natural_order)[0] == "a.10"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -30,6 +32,13 @@ def test_read_json_object_refuses(tmp_path: Path, text: str) -> None:
         read_json_object(tmp_path / "a.json")
 
 
+def test_read_json_object_refuses_a_key_twice_where_asked(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": {"b": 1, "c": 2, "b": 1}}')
+    assert read_json_object(tmp_path / "a.json") == {"a": {"b": 1, "c": 2}}
+    with pytest.raises(InputError, match="'b' appears twice"):
+        read_json_object(tmp_path / "a.json", strict=True)
+
+
 def test_write_json_round_trips(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"ä": [1, 2.5, None]})
     assert read_json_object(tmp_path / "a.json") == {"ä": [1, 2.5, None]}
@@ -47,6 +56,26 @@ def test_lock_refuses_a_second_holder_and_a_crash_frees_it(tmp_path: Path) -> No
     assert path.exists()
     Lock(path, "OUT").release(remove=True)
     assert not path.exists()
+
+
+def test_lock_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="lock"):
+        Lock(tmp_path / "lock", "OUT")
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_file_system_without_locks_is_no_other_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="No locks available") as caught:
+        Lock(tmp_path / "lock", "OUT")
+    assert caught.value.filename == str(tmp_path / "lock")
 
 
 def test_lock_is_not_held_on_a_removed_file(tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ BAD_HEADERS = {
     "rest": ({"a": entry(0, 8)}, bytes(9)),
     "metadata not text": ({"__metadata__": {"a": 1}}, b""),
     "metadata not a map": ({"__metadata__": [1]}, b""),
+    "name not text": (b'{"\\ud800":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}', b""),
     "name twice": (b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":{}}', b""),
 }
 
