@@ -2,11 +2,13 @@
 
 Logits of a large vocabulary are the largest tensor of a training step: tokens x vocabulary x 4 bytes,
 several times. Here they exist for a chunk of rows at a time, only of rows that have a label, and the
-gradient of the hidden states is computed together with the loss, since the head is frozen.
+gradient of the hidden states is computed together with the loss, since the head is frozen. On GPUs
+liger-kernel does the same where it is installed (``liger.py``).
 """
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -14,9 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_engine.errors import InputError
+
+from . import liger
 from .data import IGNORED
 
-CHUNK_ROWS = 1024  # 0.5 GB of float32 logits at a vocabulary of 128,256
+CHUNK_ROWS = 1024  # at a vocabulary of 128,256: 0.5 GB of logits in float32, 0.25 GB in 16 bits
+LOSSES = ("auto", "liger", "chunked")
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -27,23 +33,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        weight = weight.to(hidden.dtype)
+        bias = None if bias is None else bias.to(hidden.dtype)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], CHUNK_ROWS):
-                rows = hidden[start : start + CHUNK_ROWS]  # (n, hidden)
-                logits = F.linear(
-                    rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
-                ).float()
-                capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-                here = targets[start : start + CHUNK_ROWS]
-                log_sum = capped.logsumexp(-1, keepdim=True)
-                total += (log_sum.squeeze(-1) - capped.gather(1, here[:, None]).squeeze(-1)).sum()
-                if gradient is None:
-                    continue
-                d = (capped - log_sum).exp_()  # softmax
-                d[torch.arange(here.numel(), device=d.device), here] -= 1.0
-                if softcap is not None:
-                    d *= 1.0 - (capped / softcap) ** 2
-                gradient[start : start + CHUNK_ROWS] = d.to(rows.dtype) @ weight.to(rows.dtype)
+                part = slice(start, start + CHUNK_ROWS)
+                losses, d = _chunk(F.linear(hidden[part], weight, bias), targets[part], softcap, wanted)
+                total += losses.sum()
+                if gradient is not None:
+                    torch.mm(d, weight, out=gradient[part])
+                del d  # before the next chunk is made
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
@@ -52,6 +51,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0].to(gradient.dtype), None, None, None, None
+
+
+def _chunk(logits: Tensor, targets: Tensor, softcap: float | None, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Losses (rows,) in float32 or wider, and the logits' gradient in their own place where it is wanted.
+
+    One more tensor of the logits' shape lives meanwhile (two with ``softcap``): a step's peak is here.
+    """
+    wide = logits if logits.element_size() >= 4 else torch.empty_like(logits, dtype=torch.float32)
+    bent, capped = None, logits
+    if softcap is not None:
+        bent = torch.tanh(logits.to(wide.dtype) / softcap)
+        capped = torch.mul(bent, softcap, out=wide)
+    at = targets[:, None]
+    chosen = capped.gather(1, at).to(wide.dtype)
+    top = capped.amax(-1, keepdim=True).to(wide.dtype)  # wide, or a 16-bit subtraction would be rounded
+    torch.sub(capped, top, out=wide).exp_()
+    sums = wide.sum(-1, keepdim=True)
+    losses = (top + sums.log() - chosen).squeeze(1)
+    if not wanted:
+        return losses, logits
+    likely = (chosen - top).exp_().div_(sums) - 1.0  # of the target, before it is rounded
+    if bent is not None:
+        wide.div_(sums).scatter_(1, at, likely).mul_(bent.square_().neg_().add_(1.0))
+        return losses, logits.copy_(wide)
+    torch.div(wide, sums, out=logits)
+    return losses, logits.scatter_(1, at, likely.to(logits.dtype))
 
 
 def chunked_cross_entropy(
@@ -74,24 +99,63 @@ def chunked_cross_entropy(
     return loss
 
 
-def use_chunked_loss(model: Any) -> bool:
+def use_chunked_loss(model: Any, which: str = "auto") -> str:
     """Let a causal language model compute its loss so, wherever it is given labels; without, nothing changes.
 
     Args:
         model: A transformers causal language model, or one of our PeftModels around it.
+        which: "liger": liger-kernel's function; "chunked": this module's; "auto": liger-kernel's where it
+            can run.
 
     Returns:
-        Whether it was done: not if the head trains, has an adapter, or the model does more between its hidden
-        states and its logits than this module knows (checked on a few tokens).
+        "liger" or "chunked"; "" where the model keeps its own loss over full logits: if the head trains, has
+        an adapter, or the model does more between its hidden states and its logits than this module knows
+        (checked on a few tokens).
+
+    Raises:
+        InputError: "liger" was asked for and cannot run here, or ``which`` is none of these.
     """
+    if which not in LOSSES:
+        raise InputError(f"loss={which!r}; allowed: {', '.join(LOSSES)}")
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     backbone = getattr(base, getattr(base, "base_model_prefix", ""), None)
     plain_head = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
     if backbone is None or backbone is base or not plain_head or not _agrees(base, backbone, head):
-        return False
-    base.forward = types.MethodType(_forward, base)
-    return True
+        if which == "liger":
+            raise InputError("loss='liger': this model's head allows its own loss alone; use auto")
+        return ""
+    refused = "" if which == "chunked" else liger.why_not(head.weight, head.bias, _softcap(base))
+    if which == "liger" and refused:
+        raise InputError(f"loss='liger': {refused}")
+    chosen = "chunked" if which == "chunked" or refused else "liger"
+    base.forward = types.MethodType(functools.partial(_forward, chosen), base)
+    return chosen
+
+
+def loss_bytes(loss: str, *, tokens: int, vocabulary: int, hidden: int, element_size: int) -> int:
+    """The most that the loss of a step holds at once on top of the layers' activations.
+
+    Args:
+        loss: What ``use_chunked_loss`` gave.
+        tokens: Of the step, all labelled.
+        vocabulary: Columns of the logits.
+        hidden: Columns of the hidden states.
+        element_size: Bytes of one of those.
+
+    Returns:
+        Bytes: logits with what is computed from them, the labelled rows of the hidden states and their
+        gradient; without a chunked loss all logits in their own dtype, and two float32 tensors of that shape.
+    """
+    rows = 2 * tokens * hidden * element_size
+    if loss == "liger":
+        held = liger.chunk_rows(tokens, vocabulary, hidden, CHUNK_ROWS) * vocabulary * element_size
+    elif loss == "chunked":
+        wide = 4 if element_size < 4 else 0
+        held = min(tokens, CHUNK_ROWS) * vocabulary * (element_size + wide)
+    else:
+        held = tokens * vocabulary * (element_size + 8)
+    return rows + held
 
 
 def _softcap(base: Any) -> float | None:
@@ -119,7 +183,7 @@ def _agrees(base: Any, backbone: nn.Module, head: nn.Linear) -> bool:
 
 
 def _forward(
-    self: Any, input_ids: Tensor | None = None, *, labels: Tensor | None = None,
+    loss: str, self: Any, input_ids: Tensor | None = None, *, labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
 ) -> Any:  # fmt: skip
     if labels is None:
@@ -133,6 +197,9 @@ def _forward(
     output = backbone(input_ids=input_ids, **kwargs)
     hidden = output[0][:, :-1].flatten(0, 1)  # (tokens, hidden)
     targets = labels[:, 1:].flatten().to(hidden.device)
-    total = chunked_cross_entropy(hidden, head.weight, targets, head.bias, _softcap(self))
+    if loss == "liger":
+        total = liger.cross_entropy(hidden, head.weight, targets, CHUNK_ROWS)
+    else:
+        total = chunked_cross_entropy(hidden, head.weight, targets, head.bias, _softcap(self))
     count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return CausalLMOutputWithPast(loss=total / count)

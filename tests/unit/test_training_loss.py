@@ -76,3 +76,56 @@ def test_a_trained_head_keeps_the_models_loss(make_model: Any) -> None:
     model = make_model("llama")
     model.get_output_embeddings().weight.requires_grad_(True)
     assert not use_chunked_loss(model)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_round_the_logits_alone(dtype: torch.dtype, softcap: float | None) -> None:
+    """Loss and gradient are those of the rounded logits in float32, of a sure prediction too."""
+    torch.manual_seed(3)
+    weight = torch.randn(64, 16).to(dtype)
+    hidden = (torch.randn(30, 16) + 2 * weight[:30].float()).to(dtype).requires_grad_()
+    targets = torch.arange(30) + torch.arange(30) % 2  # half of them sure
+    got = chunked_cross_entropy(hidden, weight, targets, None, softcap)
+    (a,) = torch.autograd.grad(got, hidden)
+    logits = F.linear(hidden.detach(), weight).float().requires_grad_()
+    capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    want = F.cross_entropy(capped, targets, reduction="sum")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    (d,) = torch.autograd.grad(want, logits)
+    step = torch.finfo(dtype).eps / 2
+    bound = step * (d.abs() @ weight.float().abs()) + 2 * step * (d @ weight.float()).abs()
+    least = 2.0**-24 * weight.float().abs().sum(0)  # a probability near 1 in float32, near 0 in float16
+    assert ((a.float() - d @ weight.float()).abs() <= bound + least).all()
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [(torch.float32, 4), (torch.bfloat16, 6)])
+def test_holds_one_chunk_of_logits(
+    dtype: torch.dtype, bytes_each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits and, where they are narrow, a float32 copy; no third tensor of their shape."""
+    import weakref
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    monkeypatch.setattr(module, "CHUNK_ROWS", 32)
+    alive: dict[int, Any] = {}
+    most = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal most
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor) and tensor.numel() >= 32 * 500:
+                    storage = tensor.untyped_storage()
+                    alive[storage.data_ptr()] = weakref.ref(storage), storage.nbytes()
+            held = {at: size for at, (ref, size) in alive.items() if ref() is not None}
+            most = max(most, sum(held.values()))
+            return out
+
+    hidden = torch.randn(100, 8).to(dtype).requires_grad_()
+    weight = torch.randn(500, 8).to(dtype)
+    with Watch():
+        chunked_cross_entropy(hidden, weight, torch.zeros(100, dtype=torch.long))
+    assert most == 32 * 500 * bytes_each
