@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .adapters import tuner_layers
 from .auxiliary import AuxiliaryTrainingWrapper
 from .config import PeftWarning
+from .expert_weights import convert_for_architecture
 from .targets import EMBEDDING_LAYER_NAMES, INCLUDE_LINEAR_LAYERS_SHORTHAND, match_target_against_key
 from .tuner_layer import BaseTunerLayer
 
@@ -260,8 +261,7 @@ def set_peft_model_state_dict(
         RuntimeError: a tensor of another shape.
         KeyError: a trained module of the adapter is not in the file.
     """
-    config = model.peft_config[adapter_name]
-    state_dict = _convert_for_architecture(model, config, dict(peft_model_state_dict), adapter_name)
+    state_dict = _convert_for_architecture(model, peft_model_state_dict, adapter_name)
     for name, wrapper in _named_wrappers(model):
         for disk, own in wrapper.adapter_state_dict_load_map(adapter_name).items():  # type: ignore[attr-defined]
             state_dict[f"{name}.{own}"] = state_dict.pop(f"{name}.{disk}")
@@ -301,9 +301,12 @@ def _without_mismatches(model: nn.Module, state_dict: dict[str, Tensor]) -> dict
 
 
 def _convert_for_architecture(
-    model: Any, config: Any, state_dict: dict[str, Tensor], adapter_name: str
+    model: Any, state_dict: Mapping[str, Tensor], adapter_name: str
 ) -> dict[str, Tensor]:
-    return state_dict
+    """The keys of an adapter that was written for the layout of an earlier transformers, as they are now."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    expected = {PREFIX + key.removeprefix(PREFIX) for key in adapter_keys(model, adapter_name)}
+    return convert_for_architecture(base, state_dict, expected, PREFIX)
 
 
 def _base_keys(model: Any) -> dict[str, str]:

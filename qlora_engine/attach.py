@@ -20,6 +20,7 @@ from .base_weight import is_bnb_linear, is_conv1d, restore_adopted
 from .calibrated_model import calibrated
 from .compute import set_compute
 from .config import LoraConfig, PeftConfig, PeftType
+from .expert_targets import carry_over_experts
 from .extra_modules import add_extra_trainable_modules
 from .lora import Linear, create_lora_layer
 from .lora_init import check_loftq
@@ -41,7 +42,7 @@ from .targets import (
     why_not_adapted,
 )
 from .tuner_layer import BaseTunerLayer, as_names
-from .tying import is_tied_target, plan_ties
+from .tying import is_tied_target, module_names_tied_with_embedding, plan_ties
 
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
@@ -175,6 +176,10 @@ class LoraModel(nn.Module):
         active = adapters.delete_adapter(self.model, adapter_name, self.prefix, self.tuner_layer_cls)
         self.active_adapter = active or []
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """PEFT's name of ``tying.module_names_tied_with_embedding``."""
+        return module_names_tied_with_embedding(self.model)
+
     def _set_enabled(self, enabled: bool) -> None:
         for module in self.model.modules():
             if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -233,9 +238,11 @@ class LoraModel(nn.Module):
             ValueError: it conflicts with the adapters that are there, or a layer refuses it.
         """
         config = self.peft_config[adapter_name]
+        self._choose_targets(config, model)
         self._check_new_adapter_config(config)
         plan_ties(model, config)
-        self._choose_targets(config, model)
+        if is_all_linear(config.target_modules):
+            config.target_modules = all_linear_names(model, config.task_type)
         if config.target_parameters and state_dict:
             raise ValueError(
                 "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses "
@@ -275,7 +282,7 @@ class LoraModel(nn.Module):
         if config.runtime_config.compute is not None:
             set_compute(model, config.runtime_config.compute)
         self._check_plan(config, plan, parameters, dummy)
-        warn_unmatched_patterns(config, plan.targeted)
+        warn_unmatched_patterns(config, [*plan.targeted, *parameters])
         self._note_targets(plan.targeted, parameters)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._mark_only_adapters_as_trainable(model)
@@ -310,8 +317,7 @@ class LoraModel(nn.Module):
         if config.target_modules is None:
             model_type = self.get_model_config(model).get("model_type")
             config.target_modules = default_targets(model_type, need=not config.target_parameters)
-        if is_all_linear(config.target_modules):
-            config.target_modules = all_linear_names(model, config.task_type)
+        carry_over_experts(config, model)
 
     def _check_target_module_exists(self, config: LoraConfig, key: str) -> Any:
         return check_target_module_exists(config, key)

@@ -107,14 +107,16 @@ class ParamWrapper(LoraLayer, nn.Module):
         data: Tensor = self.get_param().data
         return data
 
-    def get_delta_factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
-        """(left, right, scaling) with the delta ``scaling * left @ right``, in the Parameter's layout and
-        dtype."""
+    def get_delta_factors(
+        self, adapter: str, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor, float]:
+        """(left, right, scaling) with the delta ``scaling * left @ right``, in the Parameter's layout and,
+        where one can compute in it, in ``dtype`` (default: the Parameter's)."""
         A, B = self.get_factors(adapter)
         A = A.reshape(self.num_experts, -1, A.shape[-1])  # (experts, rank, in)
         B = B.reshape(B.shape[0], -1, self.num_experts).permute(2, 0, 1)  # (experts, out, rank)
         left, right = (A.mT, B.mT) if self.stored_in_out else (B, A)
-        dtype = self.get_param().dtype
+        dtype = self.get_param().dtype if dtype is None else dtype
         dtype = dtype if dtype in _COMPUTE else torch.float32
         return left.to(dtype), right.to(dtype), self.scaling[adapter]
 
@@ -124,16 +126,20 @@ class ParamWrapper(LoraLayer, nn.Module):
         return (left @ right * scaling).reshape(self.get_param().shape)
 
     def adapted(self, weight: Tensor, adapters: list[str]) -> Tensor:
-        """``weight`` plus the adapters' deltas; differentiable, in the weight's dtype."""
+        """``weight`` plus the adapters' deltas; differentiable, in the weight's dtype.
+
+        The Parameter itself is not asked for anything: where it is parametrised, this is a part of it.
+        """
         with torch.autocast(weight.device.type, enabled=False):
             if weight.dtype not in _COMPUTE:  # float8: no addition, and no saturation when it is cast to
                 info = torch.finfo(weight.dtype)
                 total = weight.float()
                 for adapter in adapters:
-                    total = total + self.get_delta_weight(adapter)
+                    left, right, scaling = self.get_delta_factors(adapter, weight.dtype)
+                    total = total + (left @ right * scaling).reshape(weight.shape)
                 return total.clamp(info.min, info.max).to(weight.dtype)
             for adapter in adapters:
-                left, right, scaling = self.get_delta_factors(adapter)
+                left, right, scaling = self.get_delta_factors(adapter, weight.dtype)
                 if weight.dim() == 3:  # one kernel, no delta of the whole stack
                     weight = torch.baddbmm(weight, left, right, alpha=scaling)
                 else:
