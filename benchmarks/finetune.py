@@ -123,7 +123,8 @@ def train(
     """One run: what it gave."""
     from transformers import AutoTokenizer
 
-    from qlora_engine.training.run import Settings, finetune, precision_of
+    from qlora_engine.training.run import finetune
+    from qlora_engine.training.settings import Settings, precision_of
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[

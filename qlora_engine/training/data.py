@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,7 @@ class Rows:
         lengths: Tokens by row.
         skipped: Bad rows that were passed over: (line number, why), the first 20.
         n_skipped: How many there were.
+        checksum: CRC-32 of the bytes of all rows in use.
 
     Raises:
         InputError: no such file, another ending, a bad row (its line number is named), or no row at all.
@@ -161,6 +163,7 @@ class Rows:
         self.lengths = array("q")
         self.skipped: list[tuple[int, str]] = []
         self.n_skipped = 0
+        self.checksum = 0
         self._spans = array("q")  # first byte and length of each row
         size = path.stat().st_size
         for line, start, raw in self._raw_rows():
@@ -176,6 +179,7 @@ class Rows:
                     self.skipped.append((line, str(error)))
                 continue
             self._spans.extend((start, len(raw)))
+            self.checksum = zlib.crc32(raw, self.checksum)
             self.lengths.append(len(example.ids))
             if progress is not None and len(self.lengths) % 200 == 0:
                 progress(start + len(raw), size)

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from qlora_engine.errors import InputError
 from quant.linear import QuantizedModule
 
-from .loss import CHUNK_ROWS
+from .loss import loss_bytes
 
 _PROBE_TOKENS = 128  # what a layer keeps is proportional to tokens; measured on so many
+LOSS_NAMES = {"liger": "liger-kernel", "chunked": "in chunks", "": "full logits"}
 MARGIN = 0.92  # of the memory: the rest is for fragmentation and library workspaces
 
 
@@ -35,10 +36,11 @@ class MemoryPlan:
         adapter: Trained parameters, their gradients and the optimizer's state.
         activations: What the layers keep for backward, recomputed ones their input only, and one layer's
             worth while it is computed again.
-        loss: Logits of one chunk, and the hidden states' gradient.
+        loss: Logits of one chunk, the labelled hidden states and their gradient, see ``loss.loss_bytes``.
         workspace: The largest weight, decoded; of a sharded model also two layers put together.
         per_layer: Kept by one layer that is not recomputed.
         available: The budget; 0 where there is none.
+        loss_function: What computes the loss: "liger", "chunked", or "" for the model itself.
     """
 
     layers: int
@@ -50,6 +52,7 @@ class MemoryPlan:
     workspace: int
     per_layer: int
     available: int
+    loss_function: str = "chunked"
 
     @property
     def total(self) -> int:
@@ -62,7 +65,7 @@ class MemoryPlan:
             ("model", self.weights),
             ("adapter, gradients, optimizer", self.adapter),
             (f"activations, {self.recomputed} of {self.layers} layers recomputed", self.activations),
-            ("loss", self.loss),
+            (f"loss ({LOSS_NAMES[self.loss_function]})", self.loss),
             ("decoded weight", self.workspace),
             ("in all", self.total),
         ]
@@ -70,7 +73,7 @@ class MemoryPlan:
             rows.append(("available", self.available))
         return [f"{name:48s} {size / 2**30:8.2f} GiB" for name, size in rows]
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, Any]:
         """Every figure by name."""
         return asdict(self) | {"total": self.total}
 
@@ -110,6 +113,23 @@ def available_memory(device: torch.device) -> int:
     return int((free + torch.cuda.memory_reserved(device)) * MARGIN)
 
 
+def parse_recompute(text: str | int) -> str | int:
+    """``--recompute``'s value: a count of layers as an int, the words as they are.
+
+    Raises:
+        InputError: neither a count nor one of the words.
+    """
+    if text in ("auto", "none", "full"):
+        return text
+    try:
+        count = int(text)
+    except ValueError:
+        count = -1
+    if count < 0:
+        raise InputError(f"recompute={text!r}; allowed: auto, none, full, or a count of layers")
+    return count
+
+
 def plan(
     model: nn.Module,
     *,
@@ -119,6 +139,7 @@ def plan(
     available: int | None = None,
     optimizer_bytes: int = 8,
     inputs_on_host: bool = False,
+    loss_function: str = "chunked",
 ) -> MemoryPlan:
     """Measure the model and choose.
 
@@ -130,9 +151,10 @@ def plan(
         available: Bytes; None: the device's.
         optimizer_bytes: Of optimizer state a trained parameter; 8: AdamW in float32.
         inputs_on_host: Recomputed layers keep their input in the host's memory.
+        loss_function: What ``loss.use_chunked_loss`` gave.
 
     Raises:
-        InputError: recompute is none of these, or "auto" finds that nothing fits.
+        InputError: recompute is none of these, there are fewer layers, or "auto" finds that nothing fits.
     """
     layers = decoder_layers(model)
     device = next(model.parameters()).device
@@ -144,7 +166,15 @@ def plan(
     adapter = sum(2 * p.nbytes + optimizer_bytes * p.numel() for p in trained)
     text = unwrapped(model).config.get_text_config()
     vocabulary, hidden = getattr(text, "vocab_size", 0), getattr(text, "hidden_size", 0)
-    loss = 3 * 4 * min(tokens, CHUNK_ROWS) * vocabulary + int(2 * tokens * hidden * 4)
+    head = unwrapped(model).get_output_embeddings()
+    dtype = getattr(getattr(head, "weight", None), "dtype", torch.float32)
+    loss = loss_bytes(
+        loss_function,
+        tokens=tokens,
+        vocabulary=vocabulary,
+        hidden=hidden,
+        element_size=dtype.itemsize if dtype.is_floating_point else 4,
+    )
     decoded = [m.shape.numel() * 4 for m in model.modules() if isinstance(m, QuantizedModule)]
     workspace = max(decoded, default=0) // (1 if device.type == "cpu" else 2)
     if _is_sharded(model):  # one layer computes while the next one is gathered
@@ -165,19 +195,22 @@ def plan(
             workspace=workspace,
             per_layer=int(kept * tokens),
             available=available,
+            loss_function=loss_function,
         )
 
+    recompute = parse_recompute(recompute)
     if recompute == "none":
         return with_recomputed(0)
     if recompute == "full":
         return with_recomputed(len(layers))
     if recompute != "auto":
-        count = int(recompute)
-        if not 0 <= count <= len(layers):
+        assert isinstance(recompute, int)
+        if recompute > len(layers):
             raise InputError(
-                f"recompute {count} of {len(layers)} layers; allowed: 0 to {len(layers)}, none, full, auto"
+                f"recompute={recompute}; the model has {len(layers)} layers: allowed: 0 to {len(layers)}, "
+                "none, full, auto"
             )
-        return with_recomputed(count)
+        return with_recomputed(recompute)
     if not available:
         return with_recomputed(0)
     for count in range(len(layers) + 1):

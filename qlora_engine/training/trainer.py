@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from qlora_engine.adapter_state import load_peft_weights, set_peft_model_state_dict
@@ -210,7 +211,17 @@ class AdapterTrainer(Trainer):
             set_peft_model_state_dict(self.model, weights)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        # by its name: the folder may have been moved since
+        best = Path(self.state.best_model_checkpoint).name
+        self._load_from_checkpoint(str(Path(self.args.output_dir) / best))
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take the state and the adapter of a finished run's last checkpoint, the best one where asked."""
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(str(checkpoint))
 
 
 class _States:

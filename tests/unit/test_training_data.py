@@ -161,7 +161,7 @@ def test_sequences_read_their_rows_when_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_packed_rows_do_not_see_each_other(name: str, make_model: Any) -> None:
     """The loss of packed rows is that of the rows alone, wherever packing is chosen."""
-    from qlora_engine.training.run import keeps_packed_rows_apart
+    from qlora_engine.training.prepare import keeps_packed_rows_apart
 
     model = make_model(name).eval()
     if not keeps_packed_rows_apart(model, 300):

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from qlora_engine import LoraConfig, get_peft_model
 from qlora_engine.errors import InputError
 from qlora_engine.training import optimizers
-from qlora_engine.training.run import Settings
+from qlora_engine.training.settings import Settings
 from qlora_engine.training.trainer import AdapterTrainer
 
 

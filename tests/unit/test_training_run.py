@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import signal
 import sys
 import types
 from pathlib import Path
@@ -11,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qlora_engine import LoftQConfig, LoraConfig, get_peft_model
 from qlora_engine.errors import InputError
-from qlora_engine.training import run as module
-from qlora_engine.training.run import Settings, finetune
+from qlora_engine.training import memory
+from qlora_engine.training.run import finetune
+from qlora_engine.training.settings import Settings
+from qlora_engine.training.trainer import latest_checkpoint
 
 
 @pytest.fixture
@@ -51,6 +56,7 @@ def settings(data: Path, **changes: Any) -> Settings:
 
 
 def test_early_stopping_ends_and_keeps_the_best(model: Any, data: Path, make_tokenizer: Any) -> None:
+    fresh = copy.deepcopy(model)
     bad = {"learning_rate": 3.0, "scheduler": "constant"}
     chosen = settings(data, max_steps=30, evaluate_every=1, early_stopping=2, keep=2, **bad)
     outcome = finetune(model, make_tokenizer(), chosen)
@@ -62,6 +68,13 @@ def test_early_stopping_ends_and_keeps_the_best(model: Any, data: Path, make_tok
     folder = data.parent / "out"
     kept = folder / "checkpoints" / f"checkpoint-{best + 1}" / "adapter_model.safetensors"
     assert (folder / "adapter_model.safetensors").read_bytes() == kept.read_bytes()
+    # resumed it does not go on, wherever it lies now
+    moved = folder.rename(data.parent / "moved")
+    (moved / "adapter_model.safetensors").unlink()
+    again = settings(data, max_steps=30, evaluate_every=1, early_stopping=2, keep=2, output=moved, **bad)
+    assert finetune(fresh, make_tokenizer(), again, resume=True).losses == outcome.losses
+    kept = moved / "checkpoints" / kept.parent.name / kept.name
+    assert (moved / "adapter_model.safetensors").read_bytes() == kept.read_bytes()
     with pytest.raises(InputError, match="early stopping needs validation rows"):
         finetune(model, make_tokenizer(), settings(data, early_stopping=2, validation_fraction=0.0))
 
@@ -104,14 +117,14 @@ def test_offload_gives_the_same_losses(model: Any, data: Path, make_tokenizer: A
 
 
 def test_says_what_to_change_when_memory_runs_out(data: Path) -> None:
-    advice = module.when_out_of_memory(settings(data))
+    advice = memory.when_out_of_memory(settings(data))
     assert advice.startswith(
         "--recompute full, --offload activations, --offload embedding, --optimizer paged"
     )
     assert "--batch-size 1 with --accumulate" in advice
     used = {"recompute": "full", "offload": "embedding,activations", "optimizer": "adafactor"}
     tight = settings(data, batch_size=1, **used)
-    assert module.when_out_of_memory(tight) == "a --max-length below 48, several GPUs: torchrun with --shard"
+    assert memory.when_out_of_memory(tight) == "a --max-length below 48, several GPUs: torchrun with --shard"
 
 
 def test_event_files_are_written_through_tensorboard(
@@ -138,8 +151,8 @@ def test_event_files_are_written_through_tensorboard(
     played.SummaryWriter = Writer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", played)
     monkeypatch.setattr(integrations, "is_tensorboard_available", lambda: True)
-    found = module.importlib.util.find_spec
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda n: n if n == "tensorboard" else found(n))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: n if n == "tensorboard" else found(n))
     outcome = finetune(model, make_tokenizer(), settings(data, tensorboard=True))
     losses = [(step, value) for name, value, step in written if name == "train/loss"]
     assert losses == outcome.losses
@@ -163,3 +176,119 @@ def test_cached_generation_is_that_without_a_cache(model: Any, data: Path, make_
     assert torch.equal(alone[0, 2:], cached[0])
     merged = model.merge_and_unload()
     assert torch.equal(merged.generate(input_ids=ids, attention_mask=mask, **options), cached)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_to_the_same_curve(
+    number: signal.Signals, model: Any, data: Path, make_tokenizer: Any
+) -> None:
+    fresh, other = copy.deepcopy(model), copy.deepcopy(model)
+    options = {"max_steps": 6, "evaluate_every": 4}
+    whole = finetune(model, make_tokenizer(), settings(data, **options))
+    said: list[str] = []
+
+    def report(log: dict[str, Any]) -> None:
+        if "loss" in log and log["step"] == 3:
+            signal.raise_signal(number)
+
+    out = data.parent / "cut"
+    chosen = settings(data, output=out, **options)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(fresh, make_tokenizer(), chosen, report=report, say=said.append)
+    assert signal.getsignal(number) is before
+    assert said == ["stopping after this step, with a checkpoint; once more: at once"]
+    steps = [path.name for path in (out / "checkpoints").glob("checkpoint-*")]
+    assert steps == ["checkpoint-4"]  # the log of a step is written after it
+    assert not (out / "adapter_config.json").exists()
+    went_on = finetune(other, make_tokenizer(), chosen, resume=True)
+    assert went_on.losses == whole.losses
+    assert [step for step, *_ in whole.evaluations] == [0, 4, 6]
+
+
+def test_a_second_signal_ends_at_once(model: Any, data: Path, make_tokenizer: Any) -> None:
+    def report(log: dict[str, Any]) -> None:
+        if "loss" in log:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, make_tokenizer(), settings(data), report=report, say=lambda text: None)
+    assert not list((data.parent / "out" / "checkpoints").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_no_number_ends_the_run(where: str, model: Any, data: Path, make_tokenizer: Any) -> None:
+    trained = next(p for p in model.parameters() if p.requires_grad)
+    steps = [0]
+
+    def report(log: dict[str, Any]) -> None:
+        steps[0] = log["step"]
+
+    def poison(value: torch.Tensor) -> torch.Tensor:
+        return value * float("nan") if steps[0] == 2 else value
+
+    if where == "loss":
+        norm = model.get_base_model().model.norm
+        norm.register_forward_hook(lambda *a: poison(a[2]) if a[2].requires_grad else None)
+    else:
+        trained.register_hook(poison)
+    chosen = settings(data, max_steps=6, save_every=1)
+    with pytest.raises(InputError, match=r"the norm of its gradients nan at step 3: lower --learning-rate"):
+        finetune(model, make_tokenizer(), chosen, report=report)
+    # nothing that is no number was kept
+    newest = latest_checkpoint(data.parent / "out" / "checkpoints")
+    assert newest is not None
+    assert newest.name == "checkpoint-2"
+    assert all(t.isfinite().all() for t in load_file(newest / "adapter_model.safetensors").values())
+
+
+def test_a_resumed_run_must_see_the_same_rows(model: Any, data: Path, make_tokenizer: Any) -> None:
+    fresh, other = copy.deepcopy(model), copy.deepcopy(model)
+    outcome = finetune(model, make_tokenizer(), settings(data))
+    moved = data.rename(data.parent / "moved.jsonl")
+    weights = (data.parent / "out" / "adapter_model.safetensors").read_bytes()
+    (data.parent / "out" / "adapter_model.safetensors").unlink()
+    again = finetune(fresh, make_tokenizer(), settings(moved, keep=1), resume=True)
+    assert again.losses == outcome.losses  # a finished run is no step longer
+    assert (data.parent / "out" / "adapter_model.safetensors").read_bytes() == weights
+    moved.write_text(moved.read_text().replace("8 and one", "8 and two"))
+    with pytest.raises(InputError, match=r"--resume: rows was \d+, is \d+"):
+        finetune(other, make_tokenizer(), settings(moved), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate=0.0; it must be a positive number"),
+        ({"learning_rate": float("inf")}, "must be a positive number"),
+        ({"epochs": float("nan")}, "epochs=nan; it must be a positive number"),
+        ({"lora_plus": -1.0}, "must be a positive number"),
+        ({"warmup": 1.0}, r"warmup=1.0; it must be in \[0, 1\)"),
+        ({"validation_fraction": float("nan")}, r"must be in \[0, 1\)"),
+        ({"max_grad_norm": -1.0}, "it must be at least 0"),
+        ({"neftune": float("nan")}, "it must be at least 0"),
+        ({"max_length": 1}, "max_length=1; it must be at least 2"),
+        ({"scheduler": "cosin"}, "scheduler='cosin'; allowed: cosine, linear"),
+        ({"recompute": "some"}, "recompute='some'; allowed: auto, none, full, or a count"),
+        ({"recompute": "-1"}, "allowed: auto, none, full"),
+        ({"memory_limit": 0.0}, "must be a positive number"),
+        ({"loss": "fused"}, "loss='fused'; allowed: auto, liger, chunked"),
+    ],
+)
+def test_settings_are_checked(changes: dict[str, Any], why: str, data: Path) -> None:
+    with pytest.raises(InputError, match=why):
+        settings(data, **changes)
+
+
+def test_the_log_says_what_computed_the_loss(model: Any, data: Path, make_tokenizer: Any) -> None:
+    outcome = finetune(model, make_tokenizer(), settings(data, max_steps=1))
+    log = json.loads((data.parent / "out" / "training_log.json").read_text())
+    assert outcome.loss_function == log["loss_function"] == log["memory"]["loss_function"] == "chunked"
+    with pytest.raises(InputError, match="loss='liger': liger-kernel needs a GPU"):
+        finetune(model, make_tokenizer(), settings(data, loss="liger"))
+
+
+def test_fp16_needs_a_gpu(model: Any, data: Path, make_tokenizer: Any) -> None:
+    with pytest.raises(InputError, match="precision='fp16' needs a GPU; on a CPU use fp32 or bf16"):
+        finetune(model, make_tokenizer(), settings(data, precision="fp16"))

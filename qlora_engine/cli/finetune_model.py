@@ -1,0 +1,163 @@
+"""The model that ``qlora-finetune`` trains: found, quantised where it is dense, loaded with its adapter."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora_engine import distributed
+from qlora_engine.cli import common
+from qlora_engine.cli.finetune_display import Display
+from qlora_engine.errors import InputError
+
+
+@contextmanager
+def base_and_adapter(
+    name: str, options: dict[str, Any], output: Path, show: Display
+) -> Iterator[tuple[Path, Path | None]]:
+    """The folder of a quantised base and that of the adapter to go on from, None for a new one.
+
+    A dense model is quantised by loftq-init's own code into OUTPUT/base (for --estimate, which leaves nothing
+    behind, into a temporary folder), so that what was trained can be loaded, merged and resumed.
+
+    Raises:
+        InputError: no such model or adapter.
+    """
+    from qlora_engine.checkpoint import Checkpoint
+    from qlora_engine.hub import find_adapter, find_model
+
+    folder = find_model(name, code=options["trust_remote_code"])
+    adapter = None if options["adapter"] is None else find_adapter(options["adapter"])
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise InputError(f"--adapter {adapter}: no adapter_config.json in it")
+    solved = folder / "loftq_init"
+    if adapter is None and (solved / "adapter_config.json").is_file():
+        adapter = solved
+    if adapter is not None or Checkpoint.open(folder).config.get("quantization_config") is not None:
+        yield folder, adapter
+    elif options["estimate"]:
+        with tempfile.TemporaryDirectory() as temporary:
+            base = Path(distributed.from_main(lambda: temporary)) / "base"
+            _quantise(folder, base, options, show, method="qlora")
+            yield base, base / "loftq_init"
+            distributed.barrier()
+    else:
+        base = output / "base"
+        _quantise(folder, base, options, show, method="loftq")
+        yield base, base / "loftq_init"
+
+
+def _quantise(folder: Path, base: Path, options: dict[str, Any], show: Display, *, method: str) -> None:
+    """What ``loftq-init folder base`` does; a base that this has made is used again."""
+    from qlora_engine import pipeline
+    from qlora_engine.architecture import read_architecture
+    from qlora_engine.checkpoint import Checkpoint
+    from qlora_engine.options import FORMAT_OF_BITS, InitOptions
+    from qlora_engine.plan import make_plan
+
+    if options["bits"] not in FORMAT_OF_BITS:
+        raise InputError(f"--bits {options['bits']}; allowed: {', '.join(map(str, FORMAT_OF_BITS))}")
+    chosen = InitOptions(
+        method=method,
+        format=FORMAT_OF_BITS[options["bits"]],
+        rank=options["rank"],
+        alpha=options["alpha"],
+        target_modules=common.parse_targets("--target-modules", options["target_modules"]),
+        seed=options["seed"],
+        trust_remote_code=options["trust_remote_code"],
+    )
+    checkpoint = Checkpoint.open(folder)
+    architecture = read_architecture(
+        folder, checkpoint.config, trust_remote_code=options["trust_remote_code"]
+    )
+    plan = make_plan(checkpoint, architecture, chosen)
+    show.say(f"quantising {folder} to {options['bits']} bits: {base}")
+    anew = options["overwrite"]
+    device = device_of(options["device"])
+    pipeline.run(plan, base, device=device, model=str(folder), overwrite=anew, resume=not anew)
+
+
+def load(folder: Path, adapter: Path | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The model with the adapter to train, on its device (or sharded), and its tokenizer.
+
+    Args:
+        folder: A quantised base, or a dense one that an adapter belongs to.
+        adapter: To go on from; None: a new one.
+        options: The command's.
+
+    Raises:
+        InputError: no such device, or a model that cannot be sharded.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from qlora_engine import LoraConfig, PeftModel, get_peft_model
+    from qlora_engine.loading import from_pretrained
+    from qlora_engine.training import host
+    from qlora_engine.training.settings import precision_of
+    from qlora_engine.training.sharding import load_sharded
+
+    device = device_of(options["device"])
+    precision = precision_of(options["precision"], device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    trust = options["trust_remote_code"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{folder} has no tokenizer that can be read: {line}") from error
+    if adapter is not None:
+        config = LoraConfig.from_pretrained(str(adapter))
+        config.inference_mode = False
+        if folder.parent.name != "snapshots":  # not of the hub's cache: the base is where it lies now
+            config.base_model_name_or_path = str(folder)
+    else:
+        targets = common.parse_targets("--target-modules", options["target_modules"])
+        config = LoraConfig(
+            r=options["rank"],
+            lora_alpha=options["rank"] if options["alpha"] is None else options["alpha"],
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=str(folder),
+        )
+    if options["dropout"] is not None:
+        config.lora_dropout = options["dropout"]
+    torch.manual_seed(options["seed"])
+    if options["shard"]:
+        model = load_sharded(
+            folder,
+            config,
+            adapter,
+            dtype=dtype,
+            device=device,
+            seed=options["seed"],
+            trust_remote_code=trust,
+        )
+        return model, tokenizer
+    base = from_pretrained(folder, dtype=dtype, trust_remote_code=trust)
+    if "embedding" in host.parse_offload(options["offload"]):
+        host.embedding_to_host(base)  # before anything is on the GPU
+    if adapter is None:
+        return get_peft_model(base.to(device), config), tokenizer
+    model = PeftModel.from_pretrained(base.to(device), str(adapter), is_trainable=True, config=config)
+    return model, tokenizer
+
+
+def device_of(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        local = distributed.world().local_rank
+        return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name!r}; allowed: auto, cpu, cuda, cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: no CUDA GPU is visible")
+    if device.type == "cuda" and distributed.world().size > 1:
+        return torch.device("cuda", distributed.world().local_rank)
+    return device

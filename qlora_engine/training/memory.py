@@ -1,0 +1,53 @@
+"""A run's settings put to the model before training: the loss, what waits on the host, the memory plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .host import embedding_to_host, parse_offload
+from .loss import use_chunked_loss
+from .optimizers import state_bytes
+from .recompute import MemoryPlan, plan
+from .settings import Settings
+
+
+def fit(model: Any, settings: Settings) -> MemoryPlan:
+    """Choose the model's loss, put its embedding where the settings want it, and plan a step.
+
+    Args:
+        model: One of our PeftModels, on its device.
+        settings: The run.
+
+    Raises:
+        InputError: the model does not allow what is asked for, or a step does not fit.
+    """
+    offload = parse_offload(settings.offload)
+    loss_function = use_chunked_loss(model, settings.loss)
+    if "embedding" in offload:
+        embedding_to_host(model)
+    return plan(
+        model,
+        batch_size=settings.batch_size,
+        length=settings.max_length,
+        recompute=settings.recompute,
+        available=None if settings.memory_limit is None else int(settings.memory_limit * 2**30),
+        optimizer_bytes=state_bytes(settings.optimizer),
+        inputs_on_host="activations" in offload,
+        loss_function=loss_function,
+    )
+
+
+def when_out_of_memory(settings: Settings) -> str:
+    """What to change, the cheapest first."""
+    offload = parse_offload(settings.offload)
+    large_state = state_bytes(settings.optimizer) > 4
+    ways = [
+        (settings.recompute != "full", "--recompute full"),
+        ("activations" not in offload, "--offload activations"),
+        ("embedding" not in offload, "--offload embedding"),
+        (large_state and not settings.shard, "--optimizer paged_adamw_8bit"),
+        (settings.batch_size > 1, f"--batch-size {max(1, settings.batch_size // 2)} with --accumulate"),
+        (True, f"a --max-length below {settings.max_length}"),
+        (not settings.shard, "several GPUs: torchrun with --shard"),
+    ]
+    return ", ".join(text for possible, text in ways if possible)

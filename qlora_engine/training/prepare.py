@@ -1,0 +1,68 @@
+"""From a run's settings to its data sets: what is trained on, what is held out, what is packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from qlora_engine.errors import InputError
+
+from .data import Collator, RowEncoder, Rows, Sequences, pack, split
+from .settings import Settings
+
+
+@torch.no_grad()
+def keeps_packed_rows_apart(model: Any, vocabulary: int) -> bool:
+    """Whether positions that restart separate rows: tried on two short rows."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(vocabulary, (1, 12), generator=generator).to(device)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None].to(device)
+    training = model.training
+    model.eval()
+    try:
+        packed = model(input_ids=rows, position_ids=positions, use_cache=False).logits[:, 5:]
+        alone = model(input_ids=rows[:, 5:], use_cache=False).logits
+    except (TypeError, ValueError):  # takes no positions
+        return False
+    finally:
+        model.train(training)
+    return bool(torch.allclose(packed.float(), alone.float(), rtol=1e-3, atol=1e-2))
+
+
+def prepare(
+    model: Any, tokenizer: Any, settings: Settings, progress: Callable[[int, int], None] | None = None
+) -> tuple[Sequences, Sequences | None, Collator, list[str]]:
+    """Data sets and collator of a run, and what there is to say about them.
+
+    Raises:
+        InputError: data that cannot be used, or packing asked of a model that would mix the rows.
+    """
+    notes = []
+    encode = RowEncoder(tokenizer, settings.max_length, settings.train_on == "all")
+    rows = Rows(settings.data, encode, skip_bad=settings.skip_bad_rows, progress=progress)
+    packed = settings.packing != "off" and keeps_packed_rows_apart(model, len(tokenizer))
+    if settings.packing == "on" and not packed:
+        raise InputError("this model's attention would mix packed rows; use --packing off")
+    if rows.n_skipped:
+        line, why = rows.skipped[0]
+        notes.append(f"{rows.n_skipped} bad rows passed over, the first on line {line}: {why}")
+    fraction = 0.0 if settings.validation is not None or len(rows) < 2 else settings.validation_fraction
+    train, held_out = split(len(rows), fraction, settings.seed)
+
+    def bins(source: Rows, numbers: list[int]) -> Sequences:
+        if packed:
+            return Sequences(source, pack(source.lengths, numbers, settings.max_length))
+        return Sequences(source, [[number] for number in numbers])
+
+    validation = bins(rows, held_out) if held_out else None
+    if settings.validation is not None:
+        other = Rows(settings.validation, encode, skip_bad=settings.skip_bad_rows)
+        validation = bins(other, list(range(len(other))))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    sequences = bins(rows, train)
+    if packed:
+        notes.append(f"{len(train)} rows packed into {len(sequences)} sequences")
+    return sequences, validation, Collator(pad or 0, packed), notes
