@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qlora_engine.errors import InputError
-from qlora_engine.lowrank import LowRankFactors, check_rank, truncated_svd
+from qlora_engine.lowrank import LowRankFactors, _extension, _orthogonalised, check_rank, truncated_svd
 
 # Plus float32's rounding of the whole: what is left of a matrix of lower rank is nothing else.
 ROUNDING = 5e-6
@@ -197,7 +197,8 @@ def test_truncated_svd_more_applications_leave_less() -> None:
     assert left[0] > left[-1]
 
 
-def test_truncated_svd_in_batches_equals_one_by_one() -> None:
+def test_truncated_svd_in_batches_equals_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.linalg, "svd", lambda *_, **__: pytest.fail("the exact way"))
     M = torch.stack([with_spectrum(420, 360, 0.9 ** torch.arange(360).float() * s) for s in (1.0, 3.0)])
     U, S, Vh = truncated_svd(M, 12)
     assert (U.shape, S.shape, Vh.shape) == ((2, 420, 12), (2, 12), (2, 12, 360))
@@ -237,6 +238,8 @@ def test_truncated_svd_bad_arguments() -> None:
         truncated_svd(M, 2, applications=-1)
     with pytest.raises(ValueError, match=r"start \(5, 2\) does not fit M \(5, 3\)"):
         truncated_svd(M, 2, start=torch.zeros(5, 2))
+    with pytest.raises(ValueError, match=r"start \(3, 3, 2\) does not fit M \(2, 5, 3\)"):
+        truncated_svd(torch.zeros(2, 5, 3), 2, start=torch.zeros(3, 3, 2))
 
 
 def test_check_rank_names_the_weight() -> None:
@@ -260,6 +263,35 @@ def test_from_svd_keeps_idle_components_trainable() -> None:
     torch.testing.assert_close(factors.product(), M, rtol=0, atol=1e-5)
     assert float(factors.B[:, 2:].abs().max()) == 0
     assert (factors.A[2:].norm(dim=1) > 0.3).all()  # B's gradient is not zero
+
+
+def test_from_svd_of_a_batch_is_that_of_each() -> None:
+    U, Vh = torch.randn(3, 6, 4), torch.randn(3, 4, 5)
+    S = torch.tensor([[3.0, 2.0, 1.0, 0.5], [3.0, 2.0, 0.0, 0.0], [0.0] * 4])
+    both = LowRankFactors.from_svd(U, S, Vh)
+    for i in range(3):
+        alone = LowRankFactors.from_svd(U[i], S[i], Vh[i])
+        assert torch.equal(both.A[i], alone.A)
+        assert torch.equal(both.B[i], alone.B)
+
+
+def test_columns_of_zeros_do_not_disturb_the_others() -> None:
+    X = gaussian(50, 6)
+    X[:, 2] = 0
+    Q = _orthogonalised(X)
+    assert float(Q[:, 2].abs().max()) == 0
+    others = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(Q[:, others].T @ Q[:, others], torch.eye(5), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_a_block_that_adds_nothing_is_drawn_anew(batch: tuple[int, ...]) -> None:
+    K = torch.linalg.qr(gaussian(60, 8))[0].expand(*batch, 60, 8)
+    for block in (torch.zeros(*batch, 60, 5), K[..., :5] @ gaussian(5, 5)):
+        new = _extension(K, block, torch.Generator().manual_seed(0))
+        whole = torch.cat([K, new], dim=-1)
+        identity = torch.eye(13).expand(*batch, 13, 13)
+        torch.testing.assert_close(whole.mT @ whole, identity, rtol=0, atol=1e-6)
 
 
 def test_divided_divides_the_product() -> None:
