@@ -16,13 +16,14 @@ def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is GPT-2's Conv1D, a linear layer whose weight is stored (in, out)."""
     # By name: importing transformers only to compare classes would make a light import heavy.
     return any(
-        c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__
+        c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils"
+        for c in type(module).__mro__[:-1]
     )
 
 
 def is_bnb_linear(module: nn.Module) -> str | None:
     """``"4bit"`` or ``"8bit"`` for bitsandbytes' linear layers, else None; bitsandbytes is not imported."""
-    for cls in type(module).__mro__:
+    for cls in type(module).__mro__[:-1]:  # but for object, whose module torch 2.6 cannot trace
         if cls.__module__.startswith("bitsandbytes"):
             if cls.__name__ == "Linear4bit":
                 return "4bit"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -452,7 +453,7 @@ def test_initialise_takes_a_method_itself_and_leaves_the_weight_alone() -> None:
 
 def test_products_are_float32_whatever_the_process_allows() -> None:
     """bfloat16 on a CPU, as TF32 on a GPU, would change the factors."""
-    setting = torch.backends.mkldnn.matmul
+    setting: Any = getattr(torch.backends.mkldnn, "matmul", None)
     if not hasattr(setting, "fp32_precision"):
         pytest.skip("this torch has no such setting")
     W = weight_of(400, 400)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,10 @@ from qlora_engine.safetensors_io import (
     write_file,
 )
 
+# What the library can write; its releases before 0.6 had no complex numbers.
+_OLD = tuple(map(int, safetensors.__version__.split(".")[:2])) < (0, 6)
+LIBRARY_DTYPES = [dtype for dtype in DTYPE_NAMES if dtype != torch.complex64 or not _OLD]
+
 
 def raw(path: Path, header: Any, data: bytes = b"") -> Path:
     """A file with any header at all."""
@@ -36,7 +41,7 @@ def entry(begin: int = 0, end: int = 8, **other: Any) -> dict[str, Any]:
     return {"dtype": "F32", "shape": [2], "data_offsets": [begin, end]} | other
 
 
-@pytest.mark.parametrize("dtype", list(DTYPE_NAMES))
+@pytest.mark.parametrize("dtype", LIBRARY_DTYPES)
 def test_write_file_then_library_reads(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {
         "matrix": torch.randint(0, 2, (3, 5)).to(dtype),
@@ -56,7 +61,7 @@ def test_write_file_then_library_reads(tmp_path: Path, dtype: torch.dtype) -> No
         assert file.metadata() == {"format": "pt"}
 
 
-@pytest.mark.parametrize("dtype", list(DTYPE_NAMES))
+@pytest.mark.parametrize("dtype", LIBRARY_DTYPES)
 def test_read_header_of_library_file(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {
         "b": torch.randint(0, 2, (3, 5)).to(dtype),
