@@ -164,7 +164,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         Raises:
             ValueError: more than one new active adapter.
         """
-        if adapter_name not in self._versions():
+        if adapter_name not in self._adapters:  # a tied one's versions may be gone with the other's
             return
         if new_active_adapters and len(new_active_adapters) > 1:
             raise ValueError(

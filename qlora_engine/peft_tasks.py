@@ -166,6 +166,11 @@ class PeftModelForSeq2SeqLM(_Generating):
         prepare = getattr(self.base_model, "_prepare_encoder_decoder_kwargs_for_generation", None)
         self.base_model_prepare_encoder_decoder_kwargs_for_generation = prepare
 
+    def generate(self, **kwargs: Any) -> Any:
+        """The adapted model's ``generate``; as PEFT's it takes keywords only: the first argument could be
+        meant for the encoder or for the decoder."""
+        return super().generate(**kwargs)
+
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -178,6 +178,8 @@ def test_seq2seq(make_model: Any) -> None:
     assert type(model) is PeftModelForSeq2SeqLM
     assert model(input_ids=IDS, labels=IDS).loss.requires_grad
     assert model.generate(input_ids=IDS, max_new_tokens=3).shape[0] == 2
+    with pytest.raises(TypeError, match="positional"):
+        model.generate(IDS)
 
 
 def test_counts_are_those_of_the_weights_not_of_the_bytes(make_model: Any, capsys: Any) -> None:

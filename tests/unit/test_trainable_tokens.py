@@ -44,6 +44,23 @@ def test_only_these_rows_train(make_model: Any) -> None:
     assert (embedded != plain).any(-1).tolist() == [[False, False, True, False]]
 
 
+def test_a_deleted_adapter_is_forgotten_by_the_tied_head(make_model: Any) -> None:
+    """The two share their rows, so the head finds them gone when its turn comes."""
+    model = model_of(make_model, "llama_tied")
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    model.delete_adapter("other")
+    wrapped = [m for m in model.modules() if isinstance(m, TrainableTokensWrapper)]
+    assert len(wrapped) == 2
+    for wrapper in wrapped:
+        assert wrapper._adapters == {"default"}
+        assert wrapper.active_adapters == ["default"]
+    model.delete_adapter("default")
+    assert [(w._adapters, w.active_adapters) for w in wrapped] == [(set(), [])] * 2
+    expected = make_model("llama_tied")(IDS).logits
+    assert torch.equal(model.base_model(IDS).logits, expected)
+
+
 def test_a_tied_head_follows(make_model: Any) -> None:
     model = model_of(make_model, "llama_tied")
     head = model.get_base_model().lm_head
