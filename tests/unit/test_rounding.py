@@ -266,3 +266,39 @@ def test_small_sweeps_leave_the_number_of_threads_as_it_was(monkeypatch: pytest.
     finally:
         torch.set_num_threads(before)
     assert seen == [1, 2]
+
+
+def test_many_blocks_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a block hands on to the next is what its columns hand on within it."""
+    spec, (rows, columns) = QuantSpec("nf3", 32), (16, 96)
+    W = torch.randn(rows, columns)
+    scales, _ = search_scales(W, spec, True)
+    target, grid, metric = W.T.contiguous(), Grid.of(spec, (rows, columns), scales), metric_of(columns)
+    found = {}
+    for size in (96, 32, 7):
+        monkeypatch.setattr(sweep, "BLOCK_COLUMNS", size)
+        codes = gptq(target, grid, metric)
+        found[size] = (codes, coordinate_descent(target, codes, grid, metric, sweeps=3))
+    for codes, swept in (found[32], found[7]):
+        # sums in another order move a value across a midpoint now and then
+        assert float((codes == found[96][0]).float().mean()) > 0.97
+        assert float((swept == found[96][1]).float().mean()) > 0.97
+        assert cost(target, codes, grid, metric).sum() < 1.02 * cost(target, found[96][0], grid, metric).sum()
+
+
+def test_scales_of_one_and_of_zero() -> None:
+    target = torch.randn(32, 4)
+    grid = Grid.of(QuantSpec("nf4", 32), (4, 32), torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    for codes in (
+        gptq(target, grid, torch.eye(32)),
+        coordinate_descent(target, torch.zeros(32, 4, dtype=torch.uint8), grid, torch.eye(32)),
+    ):
+        assert torch.equal(codes[:, ::2], nearest(target, grid)[:, ::2])
+        assert (codes[:, 1::2] == formats.get("nf4").zero_code).all()
+
+
+def test_without_noise_no_random_number_is_drawn() -> None:
+    target, grid, metric = problem("nf4", LAYOUTS[0])
+    state = torch.random.get_rng_state()
+    coordinate_descent(target, gptq(target, grid, metric), grid, metric)
+    assert torch.equal(state, torch.random.get_rng_state())
