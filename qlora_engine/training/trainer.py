@@ -123,7 +123,8 @@ class AdapterTrainer(Trainer):
                 {"params": fast, "weight_decay": decay, "lr": self.args.learning_rate * self.lora_plus_ratio},
             ]
             self.optimizer = kind([group for group in groups if group["params"]], **options)
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        # transformers 5.0 takes no argument
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*([] if model is None else [model]))
         return optimizer
 
     @torch.no_grad()
