@@ -37,6 +37,18 @@ def test_add_is_the_mean_outer_product_and_symmetric(width: int) -> None:
     assert torch.equal(moment.mean(), moment.mean().T)
 
 
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_no_token_and_one(diagonal: bool) -> None:
+    x, moment = torch.randn(1, 5), SecondMoment(5, diagonal=diagonal)
+    assert not moment.mean().any()
+    assert not moment.mean_input().any()
+    moment.add(x)
+    wanted = x[0].square() if diagonal else x.T @ x
+    torch.testing.assert_close(moment.mean(), wanted)
+    torch.testing.assert_close(moment.mean_input(), x[0])
+    torch.testing.assert_close(moment.mean(release=True), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_add_converts_before_it_multiplies(dtype: torch.dtype) -> None:
     x = (torch.randn(50, 8) * 300).to(dtype)  # squares overflow float16

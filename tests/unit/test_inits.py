@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qlora_engine import inits
 from qlora_engine.errors import InputError
-from qlora_engine.inits import Initialised, InitRequest, initialise
+from qlora_engine.inits import Initialised, InitRequest, fold, initialise
 from quant import QuantizedTensor, QuantSpec, quantize
 
 NF4 = QuantSpec("nf4")
@@ -492,3 +492,10 @@ def test_request_is_what_methods_get() -> None:
     request = InitRequest(4, NF4, seed=None)
     assert request.generator() is None
     assert request.svd_seed == 0
+
+
+def test_a_method_is_judged_by_what_it_minimises() -> None:
+    error = fold._Error(weight=1.0, output=2.0)
+    assert error.in_terms_of(inits.get("qera")) == 2.0
+    assert error.in_terms_of(inits.get("loftq")) == 1.0
+    assert fold._Error(weight=1.0, output=None).in_terms_of(inits.get("qera")) == 1.0
