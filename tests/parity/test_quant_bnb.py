@@ -25,6 +25,9 @@ from quant.tensor import quantize
 bnb = pytest.importorskip("bitsandbytes")
 functional = pytest.importorskip("bitsandbytes.functional")
 print("bitsandbytes", bnb.__version__)
+# Earlier ones compute otherwise on CPUs: other codes at ties, and no decoding of blocks that rows share.
+if tuple(map(int, bnb.__version__.split(".")[:2])) < (0, 50):
+    pytest.skip("the bytes are those of bitsandbytes 0.50", allow_module_level=True)
 
 TYPES = ("nf4", "fp4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
