@@ -13,6 +13,9 @@ from qlora_engine.cli import common
 from qlora_engine.cli.finetune_display import Display
 from qlora_engine.errors import InputError
 
+_RANK = 16
+_TARGETS = ("all-linear",)
+
 
 @contextmanager
 def base_and_adapter(
@@ -36,7 +39,13 @@ def base_and_adapter(
     solved = folder / "loftq_init"
     if adapter is None and (solved / "adapter_config.json").is_file():
         adapter = solved
-    if adapter is not None or Checkpoint.open(folder).config.get("quantization_config") is not None:
+    settings = Checkpoint.open(folder).config
+    if settings.get("is_encoder_decoder"):
+        raise InputError(f"{folder} is an encoder-decoder; qlora-finetune trains causal language models")
+    if adapter is not None:
+        _refuse(options, ("rank", "alpha", "target_modules"), f"{adapter} is trained, and has its own")
+    if adapter is not None or settings.get("quantization_config") is not None:
+        _refuse(options, ("bits",), "only a dense model is quantised, and only for a new adapter")
         yield folder, adapter
     elif options["estimate"]:
         with tempfile.TemporaryDirectory() as temporary:
@@ -50,6 +59,12 @@ def base_and_adapter(
         yield base, base / "loftq_init"
 
 
+def _refuse(options: dict[str, Any], names: tuple[str, ...], why: str) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in names if options[name] not in (None, ())]
+    if given:
+        raise InputError(f"{', '.join(given)}: {why}; leave it out")
+
+
 def _quantise(folder: Path, base: Path, options: dict[str, Any], show: Display, *, method: str) -> None:
     """What ``loftq-init folder base`` does; a base that this has made is used again."""
     from qlora_engine import pipeline
@@ -58,14 +73,15 @@ def _quantise(folder: Path, base: Path, options: dict[str, Any], show: Display, 
     from qlora_engine.options import FORMAT_OF_BITS, InitOptions
     from qlora_engine.plan import make_plan
 
-    if options["bits"] not in FORMAT_OF_BITS:
-        raise InputError(f"--bits {options['bits']}; allowed: {', '.join(map(str, FORMAT_OF_BITS))}")
+    bits = 4 if options["bits"] is None else options["bits"]
+    if bits not in FORMAT_OF_BITS:
+        raise InputError(f"--bits {bits}; allowed: {', '.join(map(str, FORMAT_OF_BITS))}")
     chosen = InitOptions(
         method=method,
-        format=FORMAT_OF_BITS[options["bits"]],
-        rank=options["rank"],
+        format=FORMAT_OF_BITS[bits],
+        rank=_RANK if options["rank"] is None else options["rank"],
         alpha=options["alpha"],
-        target_modules=common.parse_targets("--target-modules", options["target_modules"]),
+        target_modules=common.parse_targets("--target-modules", options["target_modules"] or _TARGETS),
         seed=options["seed"],
         trust_remote_code=options["trust_remote_code"],
     )
@@ -74,7 +90,7 @@ def _quantise(folder: Path, base: Path, options: dict[str, Any], show: Display, 
         folder, checkpoint.config, trust_remote_code=options["trust_remote_code"]
     )
     plan = make_plan(checkpoint, architecture, chosen)
-    show.say(f"quantising {folder} to {options['bits']} bits: {base}")
+    show.say(f"quantising {folder} to {bits} bits: {base}")
     anew = options["overwrite"]
     device = device_of(options["device"])
     pipeline.run(plan, base, device=device, model=str(folder), overwrite=anew, resume=not anew)
@@ -115,15 +131,20 @@ def load(folder: Path, adapter: Path | None, options: dict[str, Any]) -> tuple[A
         if folder.parent.name != "snapshots":  # not of the hub's cache: the base is where it lies now
             config.base_model_name_or_path = str(folder)
     else:
-        targets = common.parse_targets("--target-modules", options["target_modules"])
+        targets = common.parse_targets("--target-modules", options["target_modules"] or _TARGETS)
+        rank = _RANK if options["rank"] is None else options["rank"]
+        if rank < 1:
+            raise InputError(f"--rank {rank}; it must be at least 1")
         config = LoraConfig(
-            r=options["rank"],
-            lora_alpha=options["rank"] if options["alpha"] is None else options["alpha"],
+            r=rank,
+            lora_alpha=rank if options["alpha"] is None else options["alpha"],
             target_modules=targets if isinstance(targets, str) else list(targets),
             task_type="CAUSAL_LM",
             base_model_name_or_path=str(folder),
         )
     if options["dropout"] is not None:
+        if not 0 <= options["dropout"] < 1:
+            raise InputError(f"--dropout {options['dropout']}; it must be in [0, 1)")
         config.lora_dropout = options["dropout"]
     torch.manual_seed(options["seed"])
     if options["shard"]:
@@ -134,10 +155,15 @@ def load(folder: Path, adapter: Path | None, options: dict[str, Any]) -> tuple[A
             dtype=dtype,
             device=device,
             seed=options["seed"],
+            embedding_on_host="embedding" in host.parse_offload(options["offload"]),
             trust_remote_code=trust,
         )
         return model, tokenizer
     base = from_pretrained(folder, dtype=dtype, trust_remote_code=trust)
+    if base.get_output_embeddings() is None:
+        raise InputError(
+            f"{folder}: {type(base).__name__} predicts no tokens; a causal language model is needed"
+        )
     if "embedding" in host.parse_offload(options["offload"]):
         host.embedding_to_host(base)  # before anything is on the GPU
     if adapter is None:
@@ -147,15 +173,23 @@ def load(folder: Path, adapter: Path | None, options: dict[str, Any]) -> tuple[A
 
 
 def device_of(name: str) -> Any:
+    """The torch.device that ``--device`` means to this process.
+
+    Raises:
+        InputError: another word, or no such GPU.
+    """
     import torch
 
     if name == "auto":
         local = distributed.world().local_rank
         return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    allowed = f"--device {name!r}; allowed: auto, cpu, cuda, cuda:N"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"--device {name!r}; allowed: auto, cpu, cuda, cuda:N") from error
+        raise InputError(allowed) from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(allowed)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: no CUDA GPU is visible")
     if device.type == "cuda" and distributed.world().size > 1:

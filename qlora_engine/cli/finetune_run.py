@@ -76,7 +76,12 @@ def _run(model_name: str, options: dict[str, Any], settings: Any) -> None:
     distributed.join(device_of(options["device"]).type)
     distributed.from_main(lambda: _check_output(output, options))
     from qlora_engine.training import memory
+    from qlora_engine.training.data import check_file
     from qlora_engine.training.run import finetune
+
+    for path in (settings.data, settings.validation):  # before a dense model is quantised
+        if path is not None:
+            check_file(path)
 
     is_main = distributed.world().is_main
     show = Display(quiet=options["quiet"] or not is_main, as_json=options["as_json"])

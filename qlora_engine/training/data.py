@@ -76,9 +76,11 @@ class RowEncoder:
             raise ValueError(f"has the keys {sorted(map(str, row))[:6]}; needed: {known}")
         if self.everything:
             labels = list(ids)
-        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        length, most = len(ids), self.max_length
+        ids, labels = ids[:most], labels[:most]
         if len(ids) < 2 or all(label == IGNORED for label in labels[1:]):
-            raise ValueError(f"leaves nothing to train on in its first {self.max_length} tokens")
+            of = f" of {length}: --max-length is too low" if length > most else ""
+            raise ValueError(f"leaves nothing to train on in its first {min(length, most)} tokens{of}")
         return Example(ids, labels)
 
     def _tokens(self, text: Any, field: str, *, special: bool = False) -> list[int]:
@@ -128,6 +130,18 @@ class RowEncoder:
         return list(ids)
 
 
+def check_file(path: Path) -> None:
+    """Refuse what cannot be read as rows.
+
+    Raises:
+        InputError: no such file, or another ending.
+    """
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: training data must end in {' or '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+
+
 class Rows:
     """The rows of a file by number, encoded when asked for.
 
@@ -155,10 +169,7 @@ class Rows:
         skip_bad: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        if path.suffix not in SUFFIXES:
-            raise InputError(f"{path}: training data must end in {' or '.join(SUFFIXES)}")
-        if not path.is_file():
-            raise InputError(f"no such file: {path}")
+        check_file(path)
         self.path, self.encode = path, encode
         self.lengths = array("q")
         self.skipped: list[tuple[int, str]] = []
@@ -197,7 +208,7 @@ class Rows:
         return self.encode(self._parse(raw))
 
     def _parse(self, raw: bytes) -> Any:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8").removeprefix("\ufeff")  # a byte order mark, at the beginning of the file
         if self.path.suffix == ".txt":
             return {"text": text}
         try:
@@ -281,13 +292,15 @@ class Collator:
         packed: Rows of a bin lie one behind the other and ``position_ids`` restart at each, which is how
             transformers' attention masks know them apart; otherwise a bin is one row and there is an
             ``attention_mask``. The first token of a row is never predicted.
+        length: Tokens that shorter batches are filled up to; None: their longest bin's.
     """
 
     pad_id: int
     packed: bool
+    length: int | None = None
 
     def __call__(self, bins: list[list[Example]]) -> dict[str, Tensor]:
-        longest = max(sum(len(row.ids) for row in rows) for rows in bins)
+        longest = max(self.length or 0, *(sum(len(row.ids) for row in rows) for rows in bins))
         ids = torch.full((len(bins), longest), self.pad_id)
         labels = torch.full((len(bins), longest), IGNORED)
         positions = torch.zeros_like(ids)

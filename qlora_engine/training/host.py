@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qlora_engine.errors import InputError
 from qlora_engine.tuner_layer import BaseTunerLayer
 
-from .recompute import decoder_layers, unwrapped
+from .recompute import decoder_layers, is_sharded, unwrapped
 
 OFFLOADS = ("embedding", "activations")
 
@@ -86,8 +87,31 @@ def embedding_to_host(model: Any) -> int:
 
 def activations_to_host(model: nn.Module) -> None:
     """Let recomputed layers keep their input on the host; call it after ``recompute.apply``."""
+    function = checkpoint_shards_on_host if is_sharded(model) else checkpoint_on_host
     for layer in decoder_layers(model):
-        layer._gradient_checkpointing_func = checkpoint_on_host  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = function  # type: ignore[assignment]
+
+
+def checkpoint_shards_on_host(function: Callable[..., Any], *inputs: Any) -> Any:
+    """``checkpoint_on_host`` for a layer whose weights FSDP gathers and frees again.
+
+    FSDP's hooks want the layer in one backward pass with the others: torch's own checkpointing does that,
+    and what it keeps of the inputs passes through the hooks here.
+    """
+    with torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host):
+        return checkpoint(function, *inputs, use_reentrant=False)
+
+
+def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    if tensor.device.type != "cuda":
+        return tensor.device, tensor.detach().clone()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return tensor.device, host.copy_(tensor.detach(), non_blocking=True)  # backward is on the same stream
+
+
+def _from_host(kept: tuple[torch.device, Tensor]) -> Tensor:
+    device, host = kept
+    return host.to(device, non_blocking=True)
 
 
 def checkpoint_on_host(function: Callable[..., Any], hidden: Tensor, *rest: Any) -> Any:

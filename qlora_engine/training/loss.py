@@ -163,9 +163,16 @@ def _softcap(base: Any) -> float | None:
     return None if value is None else float(value)
 
 
+def _scale(base: Any) -> float:
+    """Granite divides its logits by a number, Cohere multiplies them."""
+    divisor = getattr(base.config, "logits_scaling", None)
+    factor = getattr(base.config, "logit_scale", None)
+    return 1.0 / float(divisor) if divisor else float(factor) if factor else 1.0
+
+
 @torch.no_grad()
 def _agrees(base: Any, backbone: nn.Module, head: nn.Linear) -> bool:
-    """Whether logits = softcap(head(backbone)) for this model."""
+    """Whether logits = softcap(head(scale * backbone)) for this model."""
     ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
     training = base.training
     base.eval()
@@ -176,7 +183,7 @@ def _agrees(base: Any, backbone: nn.Module, head: nn.Linear) -> bool:
         base.train(training)
     if hidden.shape[-1] != head.weight.shape[1]:
         return False
-    mine = head(hidden).float()
+    mine = head(hidden * _scale(base)).float()
     cap = _softcap(base)
     mine = mine if cap is None else cap * torch.tanh(mine / cap)
     return bool(mine.shape == logits.shape and torch.allclose(mine, logits, rtol=1e-3, atol=1e-3))
@@ -197,6 +204,8 @@ def _forward(
     output = backbone(input_ids=input_ids, **kwargs)
     hidden = output[0][:, :-1].flatten(0, 1)  # (tokens, hidden)
     targets = labels[:, 1:].flatten().to(hidden.device)
+    scale = _scale(self)
+    hidden = hidden if scale == 1.0 else hidden * scale
     if loss == "liger":
         total = liger.cross_entropy(hidden, head.weight, targets, CHUNK_ROWS)
     else:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .host import embedding_to_host, parse_offload
 from .loss import use_chunked_loss
 from .optimizers import state_bytes
-from .recompute import MemoryPlan, plan
+from .recompute import MemoryPlan, plan, unwrapped
 from .settings import Settings
 
 
@@ -21,6 +22,7 @@ def fit(model: Any, settings: Settings) -> MemoryPlan:
     Raises:
         InputError: the model does not allow what is asked for, or a step does not fit.
     """
+    settings = within_window(model, settings)
     offload = parse_offload(settings.offload)
     loss_function = use_chunked_loss(model, settings.loss)
     if "embedding" in offload:
@@ -35,6 +37,14 @@ def fit(model: Any, settings: Settings) -> MemoryPlan:
         inputs_on_host="activations" in offload,
         loss_function=loss_function,
     )
+
+
+def within_window(model: Any, settings: Settings) -> Settings:
+    """The settings with ``max_length`` lowered to the tokens that the model has positions for."""
+    window = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(window, int) or window < 2 or settings.max_length <= window:
+        return settings
+    return replace(settings, max_length=window)
 
 
 def when_out_of_memory(settings: Settings) -> str:

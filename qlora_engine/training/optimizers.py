@@ -56,4 +56,7 @@ def check_optimizer(name: str, *, sharded: bool = False) -> None:
             "adamw_torch needs nothing"
         )
     if sharded:
-        raise InputError(f"optimizer {name!r} cannot hold sharded parameters; use adamw_torch with --shard")
+        raise InputError(
+            f"optimizer {name!r}: bitsandbytes cannot hold sharded parameters; with --shard use adamw_torch "
+            "(its 8 bytes a trained parameter are spread over the processes) or adafactor"
+        )

@@ -177,7 +177,7 @@ def plan(
     )
     decoded = [m.shape.numel() * 4 for m in model.modules() if isinstance(m, QuantizedModule)]
     workspace = max(decoded, default=0) // (1 if device.type == "cpu" else 2)
-    if _is_sharded(model):  # one layer computes while the next one is gathered
+    if is_sharded(model):  # one layer computes while the next one is gathered
         workspace += 2 * max(
             (sum(p.numel() * p.element_size() for p in ly.parameters()) for ly in layers), default=0
         )
@@ -232,12 +232,16 @@ def apply(model: nn.Module, recomputed: int) -> None:
     base = unwrapped(model)
     layers = decoder_layers(model)
     if recomputed:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(base, "activation_checkpointing_enable"):  # transformers 5.20 and newer warn of the other
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index >= len(layers) - recomputed  # type: ignore[assignment]
 
 
-def _is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the parameters are spread over the processes."""
     return any(local(parameter) is not parameter for parameter in model.parameters())
 
 
@@ -288,7 +292,7 @@ def _measure(model: nn.Module, layers: list[nn.Module], tokens: int) -> tuple[fl
     )
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            if _is_sharded(model):  # the whole step, so that FSDP's own bookkeeping ends where it began
+            if is_sharded(model):  # the whole step, so that FSDP's own bookkeeping ends where it began
                 base(input_ids=ids, labels=ids, use_cache=False).loss.backward()
                 model.zero_grad(set_to_none=True)
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,15 @@ from transformers.trainer_callback import PrinterCallback
 from qlora_engine import distributed
 from qlora_engine.errors import InputError
 
-from . import recompute
+from . import graphs, recompute
 from .host import activations_to_host, parse_offload
 from .interrupt import Interruptible
-from .memory import fit
+from .memory import fit, within_window
 from .outcome import Outcome, complete, outcome_of, write_outcome
 from .prepare import prepare
 from .resume import checkpoint_to_go_on_from, is_finished
 from .settings import Settings, precision_of
-from .sharding import adapter_weights, is_sharded
+from .sharding import adapter_weights
 from .trainer import AdapterTrainer
 
 _LOST = {"fp16": 10}  # steps in a row: the gradient scaler finds its way out of some
@@ -84,7 +85,10 @@ def finetune(
     device = next(model.parameters()).device
     precision = precision_of(settings.precision, device)
     set_seed(settings.seed)
+    asked, settings = settings, within_window(model, settings)
     train, validation, collator, notes = prepare(model, tokenizer, settings, progress)
+    if settings.max_length < asked.max_length:
+        notes.append(f"the model has positions for {settings.max_length} tokens: rows are cut there")
     if settings.early_stopping and validation is None:
         raise InputError("early stopping needs validation rows")
     memory = fit(model, settings)
@@ -100,6 +104,9 @@ def finetune(
     checkpoint = distributed.from_main(
         lambda: checkpoint_to_go_on_from(checkpoints, settings, used, resume=resume)
     )
+    replayed = graphs.enable(model, settings.cuda_graphs, _why_no_graphs(settings, collator.packed))
+    if replayed is not None:
+        collator = replace(collator, length=settings.max_length)  # one shape for all steps
     watch = None if say is None else Interruptible(say)
     callbacks: list[Any] = [_Reporter(report, precision), *([] if watch is None else [watch])]
     if settings.early_stopping:
@@ -121,11 +128,17 @@ def finetune(
         trainer.restore(checkpoint)  # Trainer would train one step more
     else:
         with nullcontext() if watch is None else watch.watching():
-            result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            try:
+                result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            finally:
+                note = None if replayed is None else replayed.note()
+                if replayed is not None:
+                    replayed.disable()
         seconds = float(result.metrics["train_runtime"])
+        notes += [] if note is None else [note]
     outcome = outcome_of(trainer, seconds, memory.loss_function or "full", notes)
     is_main = distributed.world().is_main
-    weights = adapter_weights(model) if is_sharded(model) else None
+    weights = adapter_weights(model) if recompute.is_sharded(model) else None
     if settings.sample is not None and (is_main or weights is not None):
         outcome.sample = complete(model, tokenizer, settings.sample)
     if is_main:
@@ -146,6 +159,14 @@ def _make_ready(model: Any, recomputed: int, *, on_host: bool) -> None:
 
         fused_blocks.enable(model)
         torch.cuda.reset_peak_memory_stats()
+
+
+def _why_no_graphs(settings: Settings, packed: bool) -> str | None:
+    if distributed.world().size > 1:
+        return "gradients of several processes are added up by hooks, which a graph passes by"
+    if "activations" in parse_offload(settings.offload):
+        return "inputs of layers wait on the host (--offload activations)"
+    return None if packed else "rows that are not packed differ in length"
 
 
 def _arguments(

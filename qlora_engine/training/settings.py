@@ -47,6 +47,7 @@ _CHOICES = {
     "train_on": ("completion", "all"),
     "loss": LOSSES,
     "precision": PRECISIONS,
+    "cuda_graphs": ("auto", "on", "off"),
     "scheduler": SCHEDULERS,
 }
 
@@ -76,6 +77,7 @@ class Settings:
         neftune: Noise of the embeddings (Jain et al. 2023, arXiv:2310.05914); None: none.
         loss: "auto" (liger-kernel where it can run, else ours), "liger", "chunked" (ours).
         precision: One of PRECISIONS; "auto": bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU.
+        cuda_graphs: "auto" (where it can), "on", "off": replay the decoder layers' launches, see ``graphs``.
         optimizer: transformers' name, such as adamw_torch, paged_adamw_8bit (needs bitsandbytes).
         evaluate_every, save_every: Steps; 0: once an epoch.
         early_stopping: Evaluations without a better loss before the run ends; 0: never. Checkpoints are then
@@ -111,6 +113,7 @@ class Settings:
     neftune: float | None = None
     loss: str = "auto"
     precision: str = "auto"
+    cuda_graphs: str = "off"
     optimizer: str = "adamw_torch"
     evaluate_every: int = 0
     save_every: int = 0
@@ -137,6 +140,10 @@ class Settings:
         for name in ("validation_fraction", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}; it must be in [0, 1)")
+        if not 0 <= self.seed < 1 << 32:
+            raise InputError(f"seed={self.seed}; it must be in [0, 2**32)")
+        if self.sample is not None and not self.sample.strip():
+            raise InputError("sample is empty; give a prompt")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}={getattr(self, name)!r}; allowed: {', '.join(allowed)}")

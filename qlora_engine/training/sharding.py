@@ -35,6 +35,7 @@ from qlora_engine.partial_model import PartialModel
 from qlora_engine.safetensors_io import DenseTensor
 from quant.linear import QuantizedModule
 
+from .host import embedding_to_host
 from .recompute import decoder_layers
 
 _FINGERPRINT = "_fingerprint_of_shards"  # a process cannot hash weights of which it has a part
@@ -48,6 +49,7 @@ def load_sharded(
     dtype: torch.dtype,
     device: torch.device,
     seed: int = 0,
+    embedding_on_host: bool = False,
     trust_remote_code: bool = False,
     progress: Callable[[nn.Module], None] | None = None,
 ) -> Any:
@@ -60,6 +62,7 @@ def load_sharded(
         dtype: Of what is not quantised.
         device: This process's.
         seed: Of a new adapter; the same in all processes.
+        embedding_on_host: Every process keeps the input embedding's whole table in its host's memory.
         trust_remote_code: Let Python files of the folder run.
         progress: Called with the model after each part has been read and sharded.
 
@@ -124,6 +127,8 @@ def load_sharded(
         if progress is not None:
             progress(model)
     fill(lambda name: name not in moved and not name.startswith(tuple(in_layers)))
+    if embedding_on_host:
+        embedding_to_host(base)
     fully_shard(base, mesh=mesh)
     for name, buffer in base.named_buffers():
         holder, _, leaf = name.rpartition(".")
@@ -167,13 +172,6 @@ def _fill_adapter(model: Any, adapter: Path | None, seed: int) -> None:
 def _fingerprint(adapter: Path | None) -> Fingerprint | None:
     found = None if adapter is None else Fingerprint.read(adapter)
     return None if found is None or found.dense else found
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the parameters are spread over the processes."""
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def whole(value: Any) -> Any:

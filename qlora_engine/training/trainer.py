@@ -21,9 +21,9 @@ from qlora_engine.distributed import barrier, total, world
 from qlora_engine.files import sync_file, write_json
 
 from .data import IGNORED
+from .recompute import is_sharded
 from .sharding import (
     adapter_weights,
-    is_sharded,
     load_optimizer_state,
     optimizer_state,
     put_adapter,

@@ -140,6 +140,12 @@ def test_estimate_trains_nothing(quantised: Path, rows: Path, tmp_path: Path) ->
         (("--data", "DATA", "--adapter", "nowhere"), "no folder named nowhere"),
         (("--data", "DATA", "--device", "cuda:7"), "CUDA"),
         (("--data", "DATA", "--resume"), "nothing to resume"),
+        (("--data", "DATA", "--device", "mps"), "--device 'mps'; allowed: auto, cpu, cuda, cuda:N"),
+        (("--data", "DATA", "--dropout", "1.5"), "--dropout 1.5; it must be in [0, 1)"),
+        (("--data", "DATA", "--seed", "-1"), "seed=-1; it must be in [0, 2**32)"),
+        (("--data", "DATA", "--sample", " "), "sample is empty"),
+        (("--data", "DATA", "--rank", "8", "--alpha", "8"), "--rank, --alpha: "),
+        (("--data", "DATA", "--bits", "3"), "--bits: only a dense model is quantised"),
     ],
 )
 def test_what_is_refused(
@@ -153,3 +159,12 @@ def test_what_is_refused(
     assert last.startswith("qlora-finetune: error: ")
     assert message in last
     assert not (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+def test_what_is_no_causal_language_model_is_refused(
+    make_checkpoint: Any, make_tokenizer: Any, rows: Path, tmp_path: Path
+) -> None:
+    for name, why in (("t5", "is an encoder-decoder"), ("bert", "BertModel predicts no tokens")):
+        status, _, err = invoke(make_checkpoint(name), "--data", rows, "--output", tmp_path / name)
+        assert status == 2
+        assert why in err.splitlines()[-1]

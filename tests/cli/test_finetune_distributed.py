@@ -22,9 +22,12 @@ STEPS = ("--max-steps", 4, "--max-length", 48, "--packing", "off", "--learning-r
 EVERY = ("--save-every", 2, "--evaluate-every", 2)
 
 
-def torchrun(*arguments: Any, command: str = "finetune", **popen: Any) -> subprocess.Popen[str]:
-    """A command in two processes of one thread each."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def torchrun(
+    *arguments: Any, command: str = "finetune", processes: int = 2, **popen: Any
+) -> subprocess.Popen[str]:
+    """A command in two processes, or more, of one thread each."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [*launcher, "-m", f"qlora_engine.cli.{command}", *map(str, arguments)],
@@ -61,7 +64,13 @@ def alone(quantised: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.parametrize(
-    "how", [pytest.param((), marks=pytest.mark.slow), ("--shard",)], ids=["copies", "shards"]
+    "how",
+    [
+        pytest.param((), marks=pytest.mark.slow),
+        pytest.param(("--shard",), marks=pytest.mark.slow),
+        ("--shard", "--offload", "embedding,activations"),
+    ],
+    ids=["copies", "shards", "shards with offload"],
 )
 def test_two_processes_train_as_one(
     how: tuple[str, ...],
@@ -147,6 +156,23 @@ def test_an_error_is_told_once(quantised: Path, tmp_path: Path) -> None:
     assert status != 0
     assert out == ""
     assert errors(err) == ["qlora-finetune: error: no such file: nowhere.jsonl"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [(), ("--shard",)], ids=["copies", "shards"])
+def test_four_processes_train_as_one(
+    how: tuple[str, ...], quantised: Path, rows: Path, alone: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "adapter"
+    options = (*STEPS, *EVERY, "--batch-size", 1, *how)
+    status, _, err = finish(torchrun(quantised, "--data", rows, "--output", output, *options, processes=4))
+    assert status == 0, err
+    for kind in ("losses", "evaluations"):
+        found, want = (json.loads((path / "training_log.json").read_text())[kind] for path in (output, alone))
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(want), rtol=1e-5, atol=1e-5)
+    mine, theirs = (load_file(path / "adapter_model.safetensors") for path in (output, alone))
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-4)
 
 
 def test_sharding_needs_processes(quantised: Path, rows: Path, tmp_path: Path) -> None:

@@ -65,6 +65,17 @@ def test_two_processes_write_the_bytes_of_one(make_checkpoint: Any, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_four_processes_write_the_bytes_of_one(make_checkpoint: Any, tmp_path: Path) -> None:
+    model = make_checkpoint("llama", shard_size="60KB")
+    torch.set_num_threads(1)
+    assert invoke(model, tmp_path / "alone", *OPTIONS, "--quiet").code == 0
+    command = torchrun(model, tmp_path / "all", *OPTIONS, command="loftq_init", processes=4)
+    status, _, err = finish(command)
+    assert status == 0, err
+    assert without_names(tmp_path / "all") == without_names(tmp_path / "alone")
+
+
+@pytest.mark.slow
 def test_a_bad_weight_in_one_process_ends_all_and_leaves_nothing(
     make_checkpoint: Any, tmp_path: Path
 ) -> None:

@@ -72,6 +72,40 @@ def test_model_loss_and_gradients_are_the_models_own(name: str, make_model: Any)
     torch.testing.assert_close(counted * 7, got * (2 * 14), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        ("GraniteConfig", {"logits_scaling": 4.0}),
+        ("CohereConfig", {"logit_scale": 0.25}),
+        ("Gemma2Config", {"final_logit_softcapping": 2.0}),
+        ("PhiConfig", {}),  # a head with a bias
+    ],
+)
+def test_heads_that_do_more_than_multiply(config: str, changes: dict[str, Any]) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.5}
+    sizes |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    settings = getattr(transformers, config)(**sizes, **changes)
+    model = transformers.AutoModelForCausalLM.from_config(settings).eval()
+    model.requires_grad_(False)
+    trained = next(p for name, p in model.named_parameters() if "layers.0" in name and p.dim() == 2)
+    trained.requires_grad_(True)
+    if (head := model.get_output_embeddings()).bias is not None:
+        head.bias.normal_()
+    ids = torch.randint(3, 300, (2, 10))
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        loss = model(input_ids=ids, labels=ids).loss
+        return loss.detach(), torch.autograd.grad(loss, trained)[0]
+
+    want = run()
+    assert use_chunked_loss(model) == "chunked"
+    for a, b in zip(run(), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_a_trained_head_keeps_the_models_loss(make_model: Any) -> None:
     model = make_model("llama")
     model.get_output_embeddings().weight.requires_grad_(True)

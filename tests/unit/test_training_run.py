@@ -292,3 +292,10 @@ def test_the_log_says_what_computed_the_loss(model: Any, data: Path, make_tokeni
 def test_fp16_needs_a_gpu(model: Any, data: Path, make_tokenizer: Any) -> None:
     with pytest.raises(InputError, match="precision='fp16' needs a GPU; on a CPU use fp32 or bf16"):
         finetune(model, make_tokenizer(), settings(data, precision="fp16"))
+
+
+def test_rows_are_cut_at_the_models_window(model: Any, data: Path, make_tokenizer: Any) -> None:
+    long = data.parent / "long.jsonl"
+    long.write_text(json.dumps({"text": "many words " * 200}) + "\n" + data.read_text())
+    outcome = finetune(model, make_tokenizer(), settings(long, max_steps=1, max_length=4096, packing="off"))
+    assert "the model has positions for 128 tokens: rows are cut there" in outcome.notes
