@@ -47,6 +47,11 @@ def test_no_token_and_one(diagonal: bool) -> None:
     torch.testing.assert_close(moment.mean(), wanted)
     torch.testing.assert_close(moment.mean_input(), x[0])
     torch.testing.assert_close(moment.mean(release=True), wanted)
+    cross = CrossMoment(5)
+    assert not cross.mean().any()
+    cross.add(2 * x, x)
+    torch.testing.assert_close(cross.mean(), 2 * x.T @ x)
+    torch.testing.assert_close(cross.mean(release=True), 2 * x.T @ x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -197,6 +202,21 @@ def test_shrinkage_estimates_the_chance_correlations(tokens: int, strength: floa
     # 32 sketches give a tenth, few units and the fixed scales the rest.
     expected = min(_CAUTION * chance_in(mean, mix.T @ mix), _MOST)
     assert moment.shrinkage(mean) == pytest.approx(expected, rel=0.6)
+
+
+@pytest.mark.parametrize("width", [40, 1030])
+def test_shrinkage_of_one_text_is_that_of_independent_tokens(width: int) -> None:
+    """1030: more than are looked at in one piece."""
+    x = torch.randn(50, 1) * torch.ones(width) + 0.3 * torch.randn(50, width)
+    x *= torch.linspace(0.1, 10, width)
+    moment = SecondMoment(width)
+    moment.add(x)
+    scaled = x.double() / x.double().square().mean(0).sqrt()
+    R = scaled.T @ scaled / 50
+    correlated = float(R.square().sum() - R.diagonal().square().sum())
+    expected = _CAUTION * (correlated + width**2) / 50 / correlated
+    assert expected < _MOST
+    assert moment.shrinkage(moment.mean()) == pytest.approx(expected, rel=1e-4)
 
 
 def test_shrinkage_sees_that_neighbours_repeat_each_other() -> None:
