@@ -164,7 +164,7 @@ class LoraModel(nn.Module):
         adapters.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; if it was the only active one, the next becomes active.
+        """Delete an adapter; if it was the only active one, the next becomes active everywhere.
 
         Raises:
             ValueError: no such adapter, or it is merged.
@@ -173,8 +173,14 @@ class LoraModel(nn.Module):
             raise ValueError(f"Adapter {adapter_name} does not exist")
         adapters.check_not_merged(self.model, adapter_name)
         del self.peft_config[adapter_name]
-        active = adapters.delete_adapter(self.model, adapter_name, self.prefix, self.tuner_layer_cls)
-        self.active_adapter = active or []
+        was_active = adapter_name in self.active_adapters
+        active = [name for name in self.active_adapters if name != adapter_name]
+        adapters.delete_adapter(self.model, adapter_name, self.prefix, self.tuner_layer_cls)
+        if was_active and not active and self.peft_config:
+            # Layers that do not have the same adapters would each choose another one.
+            active = [min(self.peft_config)]
+            self.set_adapter(active)
+        self.active_adapter = active[0] if len(active) == 1 else active
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         """PEFT's name of ``tying.module_names_tied_with_embedding``."""

@@ -99,6 +99,8 @@ class LoftQConfig:
                 raise ValueError(
                     f"bits_pattern[{key!r}]={value!r}; allowed: {sorted(_FORMAT_OF_BITS)} or a format"
                 )
+        for bits in (None, *self.bits_pattern.values()):
+            self.spec(bits)  # refuses unknown formats and block sizes
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoftQConfig:

@@ -269,8 +269,8 @@ class PeftModel(TakenForPeft, AdapterFiles, PushToHubMixin, nn.Module):
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
         self.base_model.delete_adapter(adapter_name)
-        if len(self.active_adapters) == 1:
-            self.active_adapter = self.active_adapters[0]
+        if adapter_name in as_names(self.active_adapter) or len(self.active_adapters) == 1:
+            self.active_adapter = self.base_model.active_adapter
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is a delta of the weights: always."""

@@ -351,9 +351,14 @@ def raise_if_nothing_matched(config: Any, plan: TargetPlan) -> None:
 
 
 def warn_unmatched_patterns(config: Any, targeted: Sequence[str]) -> None:
-    """Warn about keys of ``rank_pattern`` and ``alpha_pattern`` that match none of ``targeted``."""
-    for field_name in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(config, field_name, None) or {}
+    """Warn about keys of ``rank_pattern``, ``alpha_pattern`` and, for LoftQ, ``bits_pattern`` that match none
+    of ``targeted``."""
+    loftq = config.loftq_config if config.init_lora_weights == "loftq" else None
+    for field_name, patterns in (
+        ("rank_pattern", config.rank_pattern or {}),
+        ("alpha_pattern", config.alpha_pattern or {}),
+        ("bits_pattern", (loftq or {}).get("bits_pattern") or {}),
+    ):
         unmatched = sorted(key for key in patterns if not any(anchored(key).match(name) for name in targeted))
         if unmatched:
             warnings.warn(

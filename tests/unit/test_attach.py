@@ -95,6 +95,9 @@ def test_patterns_choose_rank_and_alpha() -> None:
     assert model.get_submodule("layers.1").scaling["default"] == 10
     with pytest.warns(RuntimeWarning, match=r"rank_pattern keys did not match .*\['nope'\]"):
         tuner(rank_pattern={"nope": 2})
+    loftq = LoftQConfig(bits_pattern={"nope": 2, "head": 3})
+    with pytest.warns(RuntimeWarning, match=r"bits_pattern keys did not match .*\['nope'\]"):
+        tuner(init_lora_weights="loftq", loftq_config=loftq, r=2)
 
 
 @pytest.mark.parametrize(

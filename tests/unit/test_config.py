@@ -162,6 +162,9 @@ def test_loftq_config_becomes_a_dict(given):
         ({"scales": "max"}, "scales='max'"),
         ({"svd": "slow"}, "svd='slow'"),
         ({"bits_pattern": {"q": 5}}, r"bits_pattern\['q'\]=5"),
+        ({"bits_pattern": {"q": "nf9"}}, "unknown format 'nf9'"),
+        ({"format": "nf9"}, "unknown format 'nf9'"),
+        ({"block_size": 3}, "block_size 3 is not a power of two"),
     ],
 )
 def test_loftq_config_checks(values, message):

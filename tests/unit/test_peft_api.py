@@ -119,6 +119,31 @@ def test_adapters_in_turn() -> None:
     assert torch.equal(model(x), first)
 
 
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
+def test_deleting_the_active_adapter_activates_the_same_one_everywhere() -> None:
+    """Also on layers that never had the deleted one, where PEFT ends with none active."""
+    model = mlp(target_modules=["first"])
+    model.add_adapter("b", LoraConfig(target_modules=["head"], r=2, init_lora_weights=False))
+    model.add_adapter("c", LoraConfig(target_modules=["first"], r=2, init_lora_weights=False))
+    model.delete_adapter("default")
+    assert model.active_adapter == "b"
+    assert model.active_adapters == ["b"]
+    assert model.get_model_status().active_adapters == ["b"]
+    assert model.active_peft_config is model.peft_config["b"]
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trains
+    assert all(".b." in name for name in trains)
+    model.base_model.set_adapter(["b", "c"])
+    model.delete_adapter("b")
+    assert (model.active_adapter, model.active_adapters) == ("c", ["c"])
+    model.delete_adapter("c")
+    assert (model.active_adapter, model.active_adapters) == ([], [])
+    model(torch.randn(2, 16))
+    model.add_adapter("d", LoraConfig(target_modules=["first"]))
+    model.set_adapter("d")
+    assert model.active_adapters == ["d"]
+
+
 def test_setting_an_adapter_unmerges() -> None:
     model, x = mlp(init_lora_weights=False), torch.randn(3, 16)
     expected = model(x)
