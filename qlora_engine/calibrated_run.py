@@ -277,7 +277,7 @@ def _tokenizer(plan: Plan) -> Any:
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

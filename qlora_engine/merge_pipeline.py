@@ -224,7 +224,7 @@ def _read_records(path: Path) -> list[MergedLayer]:
 
 
 def _read_report(folder: Path) -> MergeReport:
-    values = json.loads((folder / REPORT_FILE).read_text())
+    values = read_json_object(folder / REPORT_FILE)
     layers = [MergedLayer(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"]]
     return MergeReport(**{**values, "layers": tuple(layers), "notes": tuple(values["notes"])})
 
@@ -308,7 +308,7 @@ def _assemble(
     if quantised:
         digests: dict[str, str] = {}
         for path in workspace.pieces.glob("*.json"):
-            digests |= json.loads(path.read_text())["digests"]
+            digests |= read_json_object(path)["digests"]
         Fingerprint(specs=specs, digests=digests, compute_dtype=plan.dtype).write(result)  # type: ignore[arg-type]
     report = MergeReport(
         run=described,

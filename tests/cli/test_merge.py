@@ -522,6 +522,19 @@ def test_killed_anywhere_and_resumed_gives_the_same_files(
     assert absent > 5
 
 
+@pytest.mark.parametrize(
+    "report", ["{", "[" * 100_000, "[]", '{"layers": [3]}', '{"layers": [], "notes": []}']
+)
+def test_a_report_of_something_else_is_no_finished_merge(
+    report: str, tmp_path: Path, make_checkpoint: MakeCheckpoint
+) -> None:
+    base, out = make_checkpoint("llama"), tmp_path / "out"
+    adapter(load("llama", base).float(), tmp_path / "adapter", target_modules=["q_proj"])
+    out.mkdir()
+    (out / "merge_report.json").write_text(report)
+    assert "exists and is not empty" in error(invoke(base, tmp_path / "adapter", out, "--resume"))
+
+
 @pytest.mark.parametrize("notes", ["{", "[]", "{}", '{"layers": [{"shape": 3}]}'])
 def test_damaged_notes_of_an_unfinished_run_are_one_line(
     notes: str, tmp_path: Path, make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
