@@ -33,6 +33,8 @@ def base_and_adapter(
     from qlora_engine.hub import find_adapter, find_model
 
     folder = find_model(name, code=options["trust_remote_code"])
+    if output.exists() and output.samefile(folder):
+        raise InputError(f"--output {output} is the model's own folder; the adapter needs another")
     adapter = None if options["adapter"] is None else find_adapter(options["adapter"])
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
         raise InputError(f"--adapter {adapter}: no adapter_config.json in it")

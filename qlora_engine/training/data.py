@@ -46,11 +46,13 @@ class RowEncoder:
         tokenizer: A transformers tokenizer.
         max_length: Tokens kept of a row; what is longer is cut at the end.
         everything: Train on prompts too.
+        vocabulary: Rows of the model's embedding; None: not known.
     """
 
     tokenizer: Any
     max_length: int
     everything: bool = False
+    vocabulary: int | None = None
 
     def __call__(self, row: Any) -> Example:
         """Encode a parsed row.
@@ -81,6 +83,8 @@ class RowEncoder:
         if len(ids) < 2 or all(label == IGNORED for label in labels[1:]):
             of = f" of {length}: --max-length is too low" if length > most else ""
             raise ValueError(f"leaves nothing to train on in its first {min(length, most)} tokens{of}")
+        if self.vocabulary is not None and max(ids) >= self.vocabulary:
+            raise ValueError(f"has the token id {max(ids)}; the model knows {self.vocabulary} tokens")
         return Example(ids, labels)
 
     def _tokens(self, text: Any, field: str, *, special: bool = False) -> list[int]:

@@ -168,3 +168,11 @@ def test_what_is_no_causal_language_model_is_refused(
         status, _, err = invoke(make_checkpoint(name), "--data", rows, "--output", tmp_path / name)
         assert status == 2
         assert why in err.splitlines()[-1]
+
+
+def test_the_models_folder_is_no_output(quantised: Path, rows: Path) -> None:
+    before = sorted(quantised.iterdir())
+    status, _, err = invoke(quantised, "--data", rows, "--output", quantised / "." / ".")
+    assert status == 2
+    assert "is the model's own folder; the adapter needs another" in err
+    assert sorted(quantised.iterdir()) == before

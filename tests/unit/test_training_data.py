@@ -80,6 +80,13 @@ def test_a_bad_row_says_why(row: Any, why: str) -> None:
         RowEncoder(Letters(), 100)(row)
 
 
+def test_tokens_that_the_model_does_not_know_are_named() -> None:
+    encode = RowEncoder(Letters(), 100, vocabulary=100)
+    assert encode({"text": "ab"}).ids == [1, 97, 98, 2]
+    with pytest.raises(ValueError, match="has the token id 122; the model knows 100 tokens"):
+        encode({"text": "az"})
+
+
 def jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
     return path

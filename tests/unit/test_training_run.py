@@ -299,3 +299,10 @@ def test_rows_are_cut_at_the_models_window(model: Any, data: Path, make_tokenize
     long.write_text(json.dumps({"text": "many words " * 200}) + "\n" + data.read_text())
     outcome = finetune(model, make_tokenizer(), settings(long, max_steps=1, max_length=4096, packing="off"))
     assert "the model has positions for 128 tokens: rows are cut there" in outcome.notes
+
+
+def test_a_tokenizer_without_an_end_is_told(model: Any, data: Path, make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = None
+    outcome = finetune(model, tokenizer, settings(data, max_steps=1, sample="1 plus"))
+    assert "the tokenizer has no token that ends a text: rows are not ended" in outcome.notes
