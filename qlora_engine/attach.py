@@ -2,82 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quant.linear import QuantLinear
-
 from . import adapters
 from .auxiliary import AuxiliaryTrainingWrapper
-from .base_weight import is_bnb_linear, is_conv1d, restore_adopted
+from .base_weight import restore_adopted
 from .calibrated_model import calibrated
 from .compute import set_compute
 from .config import LoraConfig, PeftConfig, PeftType
-from .expert_targets import carry_over_experts
 from .extra_modules import add_extra_trainable_modules
-from .lora import Linear, create_lora_layer
+from .lora import create_lora_layer
 from .lora_init import check_loftq
 from .lora_layer import LoraLayer
 from .mixed_batch import adapter_names_for_rows
 from .quantized_config import record_quantization, tied_embeddings, untie_if_quantized
+from .target_plan import check_plan, choose_targets, expand_all_linear, model_config_dict, plan_modules
 from .targets import (
     DUMMY_TARGET_MODULES,
-    SEQ_CLS_HEAD_NAMES,
-    TargetPlan,
-    _ExcludedModule,
     check_target_module_exists,
     condense,
-    default_targets,
-    is_all_linear,
     pattern_value,
-    raise_if_nothing_matched,
     warn_unmatched_patterns,
     why_not_adapted,
 )
 from .tuner_layer import BaseTunerLayer, as_names
 from .tying import is_tied_target, module_names_tied_with_embedding, plan_ties
-
-DUMMY_MODEL_CONFIG = {"model_type": "custom"}
-
-
-def model_config_dict(model: nn.Module) -> dict[str, Any]:
-    """``model.config`` as a dict; a dummy for models that have none."""
-    config: Any = getattr(model, "config", DUMMY_MODEL_CONFIG)
-    if hasattr(config, "to_dict"):
-        config = config.to_dict()
-    elif dataclasses.is_dataclass(config) and not isinstance(config, type):
-        config = dataclasses.asdict(config)
-    return cast(dict[str, Any], config)
-
-
-def all_linear_names(model: Any, task_type: str | None) -> set[str]:
-    """Full names of the linear layers of ``model``, without its output layer and without layers inside
-    adapters."""
-    names: set[str] = set()
-    inside: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside.append(name + ".")
-            if isinstance(module, Linear):
-                names.add(name)
-        elif isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module) or is_bnb_linear(module):
-            names.add(name)
-    get_output = getattr(model, "get_output_embeddings", None)
-    if get_output is not None and hasattr(model, "config"):
-        head = get_output()
-        if head is None and task_type == "SEQ_CLS":
-            head = next((getattr(model, n) for n in SEQ_CLS_HEAD_NAMES if hasattr(model, n)), None)
-        names -= {name for name, module in model.named_modules() if head is not None and module is head}
-    return names
 
 
 class LoraModel(nn.Module):
@@ -244,11 +200,10 @@ class LoraModel(nn.Module):
             ValueError: it conflicts with the adapters that are there, or a layer refuses it.
         """
         config = self.peft_config[adapter_name]
-        self._choose_targets(config, model)
+        choose_targets(config, model)
         self._check_new_adapter_config(config)
         plan_ties(model, config)
-        if is_all_linear(config.target_modules):
-            config.target_modules = all_linear_names(model, config.task_type)
+        expand_all_linear(config, model)
         if config.target_parameters and state_dict:
             raise ValueError(
                 "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses "
@@ -264,7 +219,9 @@ class LoraModel(nn.Module):
         dummy = config.target_modules == DUMMY_TARGET_MODULES
         candidates = [n for n in names if n and not n.startswith(inside)] if not dummy else []
         config.target_modules = condense(config.target_modules, names)
-        plan, tied = self._plan(config, candidates, state_dict)
+        plan, tied = plan_modules(
+            config, candidates, state_dict, self.prefix, matches=self._check_target_module_exists
+        )
         was_tied = tied_embeddings(model)
         make: Callable[[], AbstractContextManager[Any]] = _on_meta if low_cpu_mem_usage else nullcontext
         with ExitStack() as stack:
@@ -287,7 +244,7 @@ class LoraModel(nn.Module):
         record_quantization(model)
         if config.runtime_config.compute is not None:
             set_compute(model, config.runtime_config.compute)
-        self._check_plan(config, plan, parameters, dummy)
+        check_plan(config, plan, parameters, dummy)
         warn_unmatched_patterns(config, [*plan.targeted, *parameters])
         self._note_targets(plan.targeted, parameters)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -319,40 +276,8 @@ class LoraModel(nn.Module):
                     f"'{name}'."
                 )
 
-    def _choose_targets(self, config: LoraConfig, model: nn.Module) -> None:
-        if config.target_modules is None:
-            model_type = self.get_model_config(model).get("model_type")
-            config.target_modules = default_targets(model_type, need=not config.target_parameters)
-        carry_over_experts(config, model)
-
     def _check_target_module_exists(self, config: LoraConfig, key: str) -> Any:
         return check_target_module_exists(config, key)
-
-    def _plan(
-        self, config: LoraConfig, candidates: Sequence[str], state_dict: dict[str, Tensor] | None
-    ) -> tuple[TargetPlan, list[str]]:
-        plan, tied = TargetPlan(target_modules=config.target_modules), []
-        wanted = None
-        if state_dict is not None:
-            # "_orig_mod." is what torch.compile puts before the names.
-            wanted = {k.rsplit("." + self.prefix, 1)[0].removeprefix("_orig_mod.") for k in state_dict}
-        by_config = []
-        for key in candidates:
-            result = self._check_target_module_exists(config, key)
-            if result:
-                by_config.append(key)
-            plain = key.removeprefix("_orig_mod.")
-            if is_tied_target(config, key) and (wanted is None or plain in wanted):
-                tied.append(key)
-            elif wanted is None and isinstance(result, _ExcludedModule):
-                plan.excluded.append(key)
-            elif plain in wanted if wanted is not None else result:
-                plan.targeted.append(key)
-            else:
-                plan.unmatched.append(key)
-        if wanted is not None:
-            _warn_about_difference(set(by_config), {*plan.targeted, *tied})
-        return plan, tied
 
     def _check_loftq(self, config: LoraConfig, model: nn.Module, keys: list[str]) -> None:
         """Refuse before the first layer is quantised: what is quantised cannot be put back."""
@@ -371,23 +296,6 @@ class LoraModel(nn.Module):
             base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
             rank = pattern_value(config.rank_pattern, key, config.r, field_name="rank_pattern")
             check_loftq(base, rank, config, key)
-
-    def _check_plan(self, config: LoraConfig, plan: TargetPlan, parameters: list[str], dummy: bool) -> None:
-        if dummy or (parameters and not plan.targeted):
-            if config.target_modules and not dummy:
-                warnings.warn(
-                    f"target_modules={config.target_modules} were set but no module was matched.",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
-            return
-        raise_if_nothing_matched(config, plan)
-        if config.target_parameters and not parameters:
-            warnings.warn(
-                f"target_parameters={config.target_parameters} were set but no parameter was matched.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
 
     def _note_targets(self, modules: list[str], parameters: list[str]) -> None:
         for noted, new in (
@@ -510,25 +418,6 @@ def _trainability(model: nn.Module, adapter_name: str) -> list[tuple[Any, bool]]
 def _on_meta() -> Iterator[None]:
     with torch.device("meta"):
         yield
-
-
-def _warn_about_difference(by_config: set[str], by_keys: set[str]) -> None:
-    if by_config == by_keys:
-        return
-    message = (
-        "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and "
-        "the provided state_dict. This is not necessarily an issue and can be ignored if this was the "
-        "intent. "
-    )
-    if by_config - by_keys:
-        message += (
-            f"The PEFT config contained these additional target modules: {sorted(by_config - by_keys)}. "
-        )
-    if by_keys - by_config:
-        message += (
-            f"The state_dict contained these additional target modules: {sorted(by_keys - by_config)}. "
-        )
-    warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
 def inject_adapter_in_model(

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_engine.attach import LoraModel, all_linear_names, inject_adapter_in_model, inspect_matched_modules
+from qlora_engine.attach import LoraModel, inject_adapter_in_model, inspect_matched_modules
 from qlora_engine.auxiliary import ModulesToSaveWrapper
 from qlora_engine.config import LoftQConfig, LoraConfig
 from qlora_engine.lora_layer import LoraLayer
 from qlora_engine.peft_api import get_peft_model
+from qlora_engine.target_plan import all_linear_names
 from qlora_engine.targets import NoMatchingPeftModuleError
 from quant.linear import QuantizedModule, QuantLinear
 
