@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from scripts import demo
+from scripts import demo, mutate
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -106,3 +107,43 @@ def test_demo_pieces_are_whole_lines() -> None:
     assert "".join(demo.pieces(text, 50)) == text
     assert all(len(piece) >= 50 for piece in demo.pieces(text, 50)[:-1])
     assert demo.pieces("  \n\n", 50) == []
+
+
+def test_mutants_change_one_thing_and_leave_words_alone() -> None:
+    text = '''"""Doc 1 + 1."""
+def f(a: int = 1, b: "Annotated[int, 2]" = 0.5) -> bool:
+    """Doc: 3 > 2."""
+    if not a:
+        raise ValueError(f"{a + 1} of {b}")
+    c = a // b if a is not b and True else -a
+    c <<= 2
+    return a <= c
+'''
+    tree = ast.parse(text)
+    plain = ast.unparse(tree).splitlines()
+    changes = []
+    for site in mutate.sites(tree):
+        changed, _ = mutate.mutant(tree, site)
+        compile(changed, "f", "exec")  # type: ignore[arg-type]
+        lines = ast.unparse(changed).splitlines()
+        different = [line.strip() for line, before in zip(lines, plain, strict=True) if line != before]
+        assert len(different) == 1
+        changes += different
+    assert ast.unparse(tree).splitlines() == plain
+    assert sorted(changes) == sorted(
+        [
+            "def f(a: int=2, b: 'Annotated[int, 2]'=0.5) -> bool:",
+            "def f(a: int=1, b: 'Annotated[int, 2]'=1.1) -> bool:",
+            "if not not a:",
+            "if not not a:",
+            "c = a * b if a is not b and True else -a",
+            "c = -a if a is not b and True else a // b",
+            "c = a // b if a is not b or True else -a",
+            "c = a // b if a is b and True else -a",
+            "c = a // b if a is not b and False else -a",
+            "c = a // b if a is not b and True else +a",
+            "c >>= 2",
+            "c <<= 3",
+            "return a < c",
+        ]
+    )
