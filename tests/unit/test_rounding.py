@@ -217,6 +217,8 @@ def test_damp() -> None:
     damped = rounding.damp(H, 0.5)
     torch.testing.assert_close(damped, (H + H.T) / 2 + 0.5 * H.diagonal().mean() * torch.eye(16))
     torch.testing.assert_close(rounding.damp(H.diagonal(), 0.5), damped.diagonal())
+    crooked = H + torch.randn(16, 16).triu(1)
+    torch.testing.assert_close(rounding.damp(crooked, 0.0), (crooked + crooked.T) / 2)
     assert torch.equal(rounding.damp(torch.zeros(4, 4), 0.01), torch.eye(4))
     assert torch.equal(rounding.damp(torch.zeros(4), 0.01), torch.ones(4))
 
