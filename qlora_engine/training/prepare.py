@@ -13,15 +13,14 @@ from .data import Collator, RowEncoder, Rows, Sequences, pack, split
 from .recompute import unwrapped
 from .settings import Settings
 
-
-# Of the difference that a row before makes to a row's logits: what rounding may leave of it. SmolLM2 packed in
-# float32, float16, bfloat16: 0, .01, .02; with rows that see each other 1.1 to 1.3.
+# Of the difference that a row before makes to a row's logits: what rounding may leave of it. SmolLM2 packed
+# in float32, float16, bfloat16: 0, .01, .02; with rows that see each other 1.1 to 1.3.
 _APART = 0.2
 
 
 @torch.no_grad()
 def keeps_packed_rows_apart(model: Any, vocabulary: int) -> bool:
-    """Whether positions that restart separate rows: tried on two short rows, against what mixing them does."""
+    """Whether positions that restart separate rows: tried on two, against what mixing them does."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(vocabulary, (1, 12), generator=generator).to(device)

@@ -165,6 +165,25 @@ def test_sequences_read_their_rows_when_asked(tmp_path: Path) -> None:
     assert [[written(e.ids)[1] for e in sequences[i]] for i in range(len(sequences))] == [["c", "a"], ["b"]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_whether_rows_are_kept_apart_is_seen_through_rounding(dtype: torch.dtype, make_model: Any) -> None:
+    from qlora_engine.training.prepare import keeps_packed_rows_apart
+
+    model = make_model("llama")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(5.0)  # attention that matters, as in a trained model
+    model.to(dtype)
+    assert keeps_packed_rows_apart(model, 300)
+    forward = model.forward
+    # a mask given by hand switches transformers' own off: the rows are mixed
+    model.forward = lambda input_ids, **kwargs: forward(
+        input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **kwargs
+    )
+    assert not keeps_packed_rows_apart(model, 300)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_packed_rows_do_not_see_each_other(name: str, make_model: Any) -> None:
     """The loss of packed rows is that of the rows alone, wherever packing is chosen."""
