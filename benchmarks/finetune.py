@@ -144,6 +144,7 @@ def train(
             max_length=arguments.max_length,
             learning_rate=arguments.learning_rate,
             seed=seed,
+            cuda_graphs="off" if stock else arguments.cuda_graphs,
         )
         outcome = finetune(model, tokenizer, settings)
     losses = [loss for _, loss in outcome.losses]
@@ -251,6 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=400, help="of those, to answer")
     parser.add_argument("--generate-batch", type=int, default=64)
     parser.add_argument("--generate-tokens", type=int, default=256)
+    parser.add_argument("--cuda-graphs", default="off", choices=["auto", "on", "off"])
     parser.add_argument("--no-peft", action="store_true", help="leave PEFT's rows out")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=Path)

@@ -112,10 +112,10 @@ def lora(case: Case) -> dict[str, Any]:
     }
 
 
-def ours(case: Case, recomputed: int, offload: tuple[str, ...] = ()) -> Any:
+def ours(case: Case, recomputed: int, offload: tuple[str, ...] = (), *, replayed: bool = False) -> Any:
     """This project's layers, as qlora-finetune sets them up."""
     from qlora_engine import LoraConfig, fused_blocks, get_peft_model
-    from qlora_engine.training import host, recompute
+    from qlora_engine.training import graphs, host, recompute
     from qlora_engine.training.loss import use_chunked_loss
 
     base = skeleton(case, lambda weight: QuantLinear.from_quantized(quantize(weight, SPEC)))
@@ -133,6 +133,8 @@ def ours(case: Case, recomputed: int, offload: tuple[str, ...] = ()) -> Any:
             host.activations_to_host(model)
     if case.device == "cuda":
         fused_blocks.enable(model)
+    if replayed:
+        graphs.enable(model, "on")
     return model
 
 
@@ -183,7 +185,7 @@ def measure(case: Case, model: Any, batch: int, *, autocast: bool, repeats: int)
     for turn in range(3 + repeats):
         if on_gpu:
             torch.cuda.synchronize()
-            if turn == 3:
+            if turn == 0:
                 torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
@@ -200,6 +202,7 @@ def measure(case: Case, model: Any, batch: int, *, autocast: bool, repeats: int)
         "ms": seconds * 1e3,
         "tok/s": batch * case.length / seconds,
         "peak MiB": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None,
+        "reserved MiB": torch.cuda.max_memory_reserved() / 2**20 if on_gpu else None,
         "first loss": first,
     }
 
@@ -222,9 +225,12 @@ def compare(case: Case, batches: list[int], variants: list[str], repeats: int) -
                 "recipe": lambda n=recomputed: peft(case, n, recipe=True),
                 "tuned": lambda n=recomputed: peft(case, n, recipe=False),
                 "ours": lambda n=recomputed: ours(case, n),
+                "ours, graphs": lambda n=recomputed: ours(case, n, replayed=True),
             }
             here: dict[str, Row] = {}
             for name in variants:
+                if case.device == "cpu" and name == "ours, graphs":
+                    continue
                 model = makers[name]()
                 found = measure(case, model, batch, autocast=name != "tuned", repeats=repeats)
                 del model
@@ -235,10 +241,10 @@ def compare(case: Case, batches: list[int], variants: list[str], repeats: int) -
                 print(here[name], file=sys.stderr, flush=True)
             _agree(here)
             for peer in ("recipe", "tuned"):
-                if "ours" in here and peer in here:
-                    here["ours"][f"tok/s x {peer}"] = here["ours"]["tok/s"] / here[peer]["tok/s"]
+                for name in (name for name in here if name.startswith("ours") and peer in here):
+                    here[name][f"tok/s x {peer}"] = here[name]["tok/s"] / here[peer]["tok/s"]
                     if case.device == "cuda":
-                        here["ours"][f"MiB x {peer}"] = here["ours"]["peak MiB"] / here[peer]["peak MiB"]
+                        here[name][f"MiB x {peer}"] = here[name]["peak MiB"] / here[peer]["peak MiB"]
             if recomputed and case.device == "cuda" and "tuned" in here and "ours" in here:
                 available = int(here["tuned"]["peak MiB"] * 2**20)
                 model = ours(case, 0)
@@ -247,7 +253,7 @@ def compare(case: Case, batches: list[int], variants: list[str], repeats: int) -
                 )
                 del model
                 forget()
-                model = ours(case, plan.recomputed)
+                model = ours(case, plan.recomputed, replayed="ours, graphs" in here)
                 found = measure(case, model, batch, autocast=True, repeats=repeats)
                 del model
                 forget()
@@ -292,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="small dimensions on the CPU, to try the code")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of a sequence, with --full")
-    parser.add_argument("--variants", nargs="+", default=["recipe", "tuned", "ours"])
+    parser.add_argument("--variants", nargs="+", default=["recipe", "tuned", "ours", "ours, graphs"])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)

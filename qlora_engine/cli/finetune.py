@@ -48,6 +48,8 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
         (("--neftune",), {**real, "help": "Noise of the embeddings, e.g. 5. [none]"}),
         (("--loss",), {**text, "default": "auto", "help": "liger (liger-kernel, on a GPU), chunked (ours), "
                    "or auto: liger where it can run. [auto]"}),
+        (("--cuda-graphs",), {**text, "default": "auto", "help": "Replay decoder layers from CUDA graphs: "
+                          "auto (packed rows, enough memory), on or off. [auto]"}),
         (("--precision",), {**text, "default": "auto", "help": "auto, bf16, fp16 or fp32. [auto]"}),
         (("--optimizer",), {**text, "default": "adamw_torch", "help": "transformers' name. [adamw_torch]"}),
         (("--evaluate-every",), {**whole, "default": 0, "help": "Steps. [once an epoch]"}),

@@ -24,9 +24,36 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from qlora_engine.errors import InputError
+
 from .recompute import decoder_layers
 
 Capture = Callable[[Callable[[], list[Tensor]]], tuple[Callable[[], None], list[Tensor]]]
+
+
+def enable(model: nn.Module, wanted: str, why_not: str | None = None) -> GraphedLayers | None:
+    """Replay the decoder layers of ``model``, see ``GraphedLayers``.
+
+    Args:
+        model: Ready for training.
+        wanted: "auto", "on" or "off".
+        why_not: What the caller knows to speak against it.
+
+    Returns:
+        None where it is off, or "auto" and something speaks against it.
+
+    Raises:
+        InputError: "on", and something speaks against it.
+    """
+    if wanted == "off":
+        return None
+    reason = why_not or reason_against(model)
+    if reason is None:
+        device = next(model.parameters()).device
+        return GraphedLayers(model, lambda: capture_cuda(device))
+    if wanted == "on":
+        raise InputError(f"cuda_graphs={wanted!r}: {reason}; allowed here: auto, off")
+    return None
 
 
 def reason_against(model: nn.Module) -> str | None:
@@ -62,8 +89,11 @@ def capture_cuda(device: torch.device) -> Capture:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 out = function()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # a broken capture's end only says that it is broken
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         torch.cuda.current_stream(device).wait_stream(stream)
         return graph.replay, out
 
@@ -76,20 +106,29 @@ class GraphedLayers:
     Args:
         model: In training, adapters attached, ``recompute.apply`` done: which layers are computed twice is
             read from it.
-        capture: Records a function's launches: returns how to repeat them, and the tensors they write.
+        begin: Begins a set of graphs that share memory: returns what records a function's launches, which
+            gives how to repeat them and the tensors that they write.
 
     Attributes:
         ready: Whether graphs have been captured.
         failure: Why capturing failed; None: it has not. The layers then run as ever.
     """
 
-    def __init__(self, model: nn.Module, capture: Capture) -> None:
-        self.capture = capture
+    def __init__(self, model: nn.Module, begin: Callable[[], Capture]) -> None:
+        self.begin = begin
         self.ready = False
         self.failure: str | None = None
         self.layers = [_Layer(module, self) for module in decoder_layers(model)]
         self._sources: list[Tensor | None] = []
         self._statics: list[Tensor] = []
+
+    def note(self) -> str:
+        """For people: what became of it."""
+        if self.failure is not None:
+            return f"CUDA graphs were not used: {self.failure}"
+        if not self.ready:
+            return "CUDA graphs were not used: no two steps in a row had one shape"
+        return f"{len(self.layers)} decoder layers were replayed from CUDA graphs"
 
     def disable(self) -> None:
         """Let the layers run as before, and free what was captured."""
@@ -140,6 +179,7 @@ class GraphedLayers:
         gc.disable()  # freeing the last step's tensors is not to be part of a graph
         try:
             with _without_autocast_cache(device.type):
+                self.capture = self.begin()
                 x = torch.empty_like(leaves[0])
                 for layer in self.layers:
                     x = layer.capture_forward(
@@ -231,12 +271,16 @@ class _Layer:
         """Capture the layer on ``x`` and the shared copies of its other arguments; its output."""
         self.x = x
         self.parameters = self.trained()
+        # A parameter's node in autograd's graph lives as long as any loss does, on the stream of the step
+        # that made it, which no capture may draw in: these share its memory and have nodes of their own.
+        self.twins = [nn.Parameter(parameter.detach()) for parameter in self.parameters]
         self.pointers = tuple(parameter.data_ptr() for parameter in self.parameters)
         fixed = [statics[self.places[i]] if i in self.places else leaf for i, leaf in enumerate(self.leaves)]
 
         def call(x: Tensor) -> Tensor:
             args, kwargs = tree_unflatten([x, *fixed[1:]], self.spec)
-            y = self.forward(*args, **kwargs)
+            with _swapped(self.module, self.parameters, self.twins):
+                y = self.forward(*args, **kwargs)
             if not isinstance(y, Tensor):
                 raise TypeError(f"{type(self.module).__name__} returns a {type(y).__name__}, not a tensor")
             return y
@@ -265,7 +309,7 @@ class _Layer:
                     self.tape = self.call(self.leaf)
             tape, self.tape = self.tape, None
             assert tape is not None
-            wanted = [self.leaf, *self.parameters]
+            wanted = [self.leaf, *self.twins]
             dx, *grads = torch.autograd.grad(tape, wanted, grad, allow_unused=True)
             grad.copy_(dx)
             self.reached = [parameter for parameter, g in zip(self.parameters, grads) if g is not None]
@@ -319,6 +363,25 @@ class _Replay(torch.autograd.Function):
         layer.replay_backward()
         layer.add_gradients()
         return layer.grad.clone() if ctx.needs_input_grad[0] else None, None, None
+
+
+@contextlib.contextmanager
+def _swapped(module: nn.Module, old: list[nn.Parameter], new: list[nn.Parameter]) -> Iterator[None]:
+    """``module`` with other parameters in the place of its own."""
+    twins = {id(parameter): twin for parameter, twin in zip(old, new)}
+    places = [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and id(parameter) in twins
+    ]
+    try:
+        for owner, name, parameter in places:
+            owner._parameters[name] = twins[id(parameter)]
+        yield
+    finally:
+        for owner, name, parameter in places:
+            owner._parameters[name] = parameter
 
 
 def _kind(leaf: Any) -> Any:

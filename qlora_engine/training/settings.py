@@ -113,7 +113,7 @@ class Settings:
     neftune: float | None = None
     loss: str = "auto"
     precision: str = "auto"
-    cuda_graphs: str = "off"
+    cuda_graphs: str = "auto"
     optimizer: str = "adamw_torch"
     evaluate_every: int = 0
     save_every: int = 0
