@@ -101,7 +101,8 @@ def workspace(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type == "cuda":
         if is_capturing(device):
             return torch.empty(numel, dtype=dtype, device=device)
-        key = (dtype, device, torch.cuda.current_stream(device).cuda_stream)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        key = (dtype, index, torch._C._cuda_getCurrentRawStream(index))
         buffers = _gpu_buffers
     else:
         buffers = _local.__dict__.setdefault("buffers", {})
@@ -151,7 +152,7 @@ class Weight(NamedTuple):
         of launching a decoder does.
         """
         floats = _NESTED_FLOATS if self.spec.double_quant else _PLAIN_FLOATS
-        flat = (None if tensor is None else tensor.reshape(-1) for tensor in self.tensors)
+        flat = (t if t is None or t.ndim == 1 else t.reshape(-1) for t in self.tensors)
         return tuple(
             tensor.view(torch.float32) if tensor is not None and is_float else tensor
             for tensor, is_float in zip(flat, floats)

@@ -8,6 +8,7 @@ format; one searches scales. Products and sums are never contracted to fused mul
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -491,4 +492,6 @@ def search_scales(
 
 def on_device(device: torch.device) -> Any:
     """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
