@@ -2,11 +2,13 @@
 
 All adapters are summed in float32 (float64 for a float64 base) on the original weight and rounded once. A
 quantised base gives way to a dense layer while it is merged; its codes are kept beside. A dense base keeps
-its original tensor beside (in host memory if the layer is on an accelerator).
+its original tensor beside (in host memory if the layer is on an accelerator). A weight that another layer
+shares, as a head does an embedding's, is left to that layer: the merged one is this layer's own meanwhile.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +32,8 @@ class BeforeMerge:
     """What a merged layer needs to be as it was."""
 
     base: nn.Module | None  # the quantised layer that a dense one stands in for
-    weight: Tensor | None  # a dense layer's original weight
-    bias: Tensor | None  # the original bias, where an adapter changed it
+    weight: Tensor | None  # a dense layer's original weight; a Parameter if another layer has it, too
+    bias: Tensor | None  # the original bias, where an adapter changed it; likewise
     fan_in_fan_out: bool
 
 
@@ -192,11 +194,9 @@ def merge_layer(
         _set_base(layer, dense)
         layer.fan_in_fan_out = is_conv1d(dense)
     else:
-        kept.weight = _in_host_memory(base.weight.data)
-        base.weight.data = weight
+        kept.weight = _exchange(base, "weight", weight)
         if bias is not None:
-            kept.bias = _in_host_memory(base.bias.data)
-            base.bias.data = bias.to(base.bias.dtype)
+            kept.bias = _exchange(base, "bias", bias.to(base.bias.dtype))
     layer._caches[_KEPT] = kept
     layer.merged_adapters.extend(wanted)
 
@@ -212,9 +212,9 @@ def unmerge_layer(layer: LoraLayer) -> None:
             base.bias.data = base.bias.data.to(now.bias.dtype)
         _set_base(layer, base)
     elif kept.weight is not None:
-        now.weight.data = kept.weight.to(now.weight)
+        _restore(now, "weight", kept.weight)
         if kept.bias is not None:
-            now.bias.data = kept.bias.to(now.bias)
+            _restore(now, "bias", kept.bias)
     layer.fan_in_fan_out = kept.fan_in_fan_out
     layer.merged_adapters.clear()
 
@@ -231,6 +231,24 @@ def _dense_dtype(base: nn.Module) -> torch.dtype:
     if bias is not None and bias.is_floating_point():
         return bias.dtype  # type: ignore[no-any-return]
     return getattr(base, "weight_dtype", None) or torch.float16  # LLM.int8 stands for float16
+
+
+def _exchange(base: Any, name: str, new: Tensor) -> Tensor:
+    """Make ``new`` the Parameter ``name`` of this layer alone; what ``_restore`` needs to undo it."""
+    old = getattr(base, name)
+    data, reference = old.data, weakref.ref(old)
+    setattr(base, name, nn.Parameter(new, requires_grad=old.requires_grad))
+    del old
+    shared: nn.Parameter | None = reference()  # None unless something else still holds it
+    return _in_host_memory(data) if shared is None else shared
+
+
+def _restore(base: Any, name: str, original: Tensor) -> None:
+    now = getattr(base, name)
+    if isinstance(original, nn.Parameter) and (original.dtype, original.device) == (now.dtype, now.device):
+        setattr(base, name, original)
+    else:
+        now.data = original.detach().to(now)
 
 
 def _in_host_memory(tensor: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ class LoraLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.ephemeral_gpu_offload = ephemeral_gpu_offload
-        self.kwargs = kwargs
+        # The tensors of a tied adapter are views, which deepcopy refuses, and are only needed once.
+        self.kwargs = {name: value for name, value in kwargs.items() if name != "tied_adapter"}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.init_records: dict[str, InitRecord] = {}
         # What merging keeps to restore the base exactly; never part of a state dict.

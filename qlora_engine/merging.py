@@ -52,7 +52,10 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(NAME, tie_word_embeddings=False)
 model.lm_head.weight.data = model.get_input_embeddings().weight.data.clone()
-model.save_pretrained(FOLDER)  # and use FOLDER from now on
+untied_model_dir = FOLDER
+model.save_pretrained(untied_model_dir)
+# Now use the original model but in untied format
+model = AutoModelForCausalLM.from_pretrained(untied_model_dir)
 ```
 """
 
@@ -70,9 +73,9 @@ def check_merge_allowed(tuner: Any) -> None:
         if tied_target_modules:
             warnings.warn(
                 f"Model with `tie_word_embeddings=True` and the {tied_target_modules=} are part of the "
-                "adapter. This can lead to complications. You can opt to merge the adapter after cloning the "
-                "weights (to untie the embeddings). You can untie the embeddings by loading the model with "
-                f"`tie_word_embeddings=False`. For example:{_UNTIE_HINT}",
+                "adapter. Merged, they have a weight each, unless the adapter was made with "
+                "`ensure_weight_tying`. To have that before training, untie the embeddings by loading the "
+                f"model with `tie_word_embeddings=False`. For example:{_UNTIE_HINT}",
                 stacklevel=3,
             )
     if getattr(tuner.model, "quantization_method", None) == "gptq":
@@ -329,6 +332,12 @@ def _clean(tuner: Any, model: Any) -> None:
         return
     weights: list[Any] = [getattr(embedding, "weight", None) for embedding in embeddings]
     if all(torch.is_tensor(w) for w in weights) and weights[0].data_ptr() != weights[1].data_ptr():
+        # An adapter that follows the tie changed both alike, up to rounding: they can share again.
+        if any(config.ensure_weight_tying for config in tuner.peft_config.values()) and torch.allclose(
+            weights[0], weights[1], rtol=1e-3, atol=1e-5
+        ):
+            embeddings[1].weight = embeddings[0].weight
+            return
         model.config.tie_word_embeddings = False
         warnings.warn(
             "Input and output embeddings are no longer tied after merging. "

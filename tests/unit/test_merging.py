@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -368,14 +369,65 @@ def test_float16_overflow_is_refused_by_name_and_bfloat16_takes_it() -> None:
     assert merged.lin.weight.isfinite().all()
 
 
-def test_tied_embeddings_that_part_are_said_to(make_model: Any) -> None:
+TIED: dict[str, dict[str, Any]] = {
+    "head": {"target_modules": ["lm_head"]},
+    "embedding": {"target_modules": ["embed_tokens"]},
+    "both": {"target_modules": ["lm_head", "embed_tokens"]},
+    "both alike": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings", "ignore:Input and output embeddings are no")
+@pytest.mark.parametrize("case", TIED)
+def test_a_tied_weight_gets_each_delta_once(make_model: Any, case: str, tmp_path: Path) -> None:
+    """Two layers share one Parameter. PEFT writes into it: the other layer changes too, or twice over."""
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(16).view(2, 8)
     base = make_model("llama_tied")
-    model = get_peft_model(base, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    plain = base(ids).logits
+    model = get_peft_model(base, LoraConfig(r=4, init_lora_weights=False, **TIED[case]))
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    inner = [getattr(layer, "base_layer", layer) for layer in (embedding, head)]
+    expected = model(ids).logits
+    assert (expected - plain).abs().max() > 1e-2
+    model.merge_adapter()
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert inner[0].weight is not inner[1].weight
+    model.unmerge_adapter()
+    assert inner[0].weight is inner[1].weight
+    assert torch.equal(model(ids).logits, expected)
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, plain)
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert merged.config.tie_word_embeddings == (case == "both alike")
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == (case == "both alike")
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merged_tied_layer_changes_its_dtype(make_model: Any) -> None:
+    model = get_peft_model(make_model("llama_tied"), LoraConfig(target_modules=["lm_head"]))
+    before = model.get_base_model().get_input_embeddings().weight.detach().clone()
+    with pytest.warns(UserWarning, match="tied_target_modules=.*lm_head.* are part of the adapter"):
+        model.merge_adapter()
+    model.bfloat16()
+    model.unmerge_adapter()
+    head = model.get_base_model().lm_head.base_layer
+    assert head.weight is model.get_base_model().get_input_embeddings().weight
+    assert torch.equal(head.weight, before.bfloat16())
+
+
+def test_tied_embeddings_that_part_are_said_to(make_model: Any) -> None:
+    model = get_peft_model(make_model("llama_tied"), LoraConfig(target_modules=["lm_head"]))
     with (
         pytest.warns(UserWarning, match="tied_target_modules=.*lm_head.* are part of the adapter"),
+        pytest.warns(UserWarning, match="Input and output embeddings are no longer tied"),
     ):
         merged = model.merge_and_unload()
-    assert merged.lm_head.weight is merged.model.embed_tokens.weight  # one Parameter: both changed
+    assert not merged.config.tie_word_embeddings
 
 
 def test_unload_gives_the_base(make_model: Any) -> None:
