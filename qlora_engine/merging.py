@@ -60,13 +60,19 @@ model = AutoModelForCausalLM.from_pretrained(untied_model_dir)
 """
 
 
-def check_merge_allowed(tuner: Any) -> None:
+def check_merge_allowed(tuner: Any, adapter_names: list[str] | None = None) -> None:
     """Warn where tied layers are adapted.
 
     Raises:
-        ValueError: a GPTQ base, or a base whose layers are replicated (they share weights, so that one
-            merge would change all copies).
+        TypeError: ``adapter_names`` is a string.
+        ValueError: an unknown name, which would merge nothing; a GPTQ base; or a base whose layers are
+            replicated (they share weights, so that one merge would change all copies).
     """
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+    unknown = sorted(set(adapter_names or ()) - set(tuner.peft_config))
+    if unknown:
+        raise ValueError(f"Adapter(s) {unknown} not found; there are {sorted(tuner.peft_config)}.")
     if tuner.get_model_config(tuner.model).get("tie_word_embeddings"):
         names = getattr(tuner, "targeted_module_names", [])
         tied_target_modules = [name for name in names if name.split(".")[-1] in EMBEDDING_LAYER_NAMES]
@@ -95,7 +101,7 @@ def merge_adapter(tuner: Any, adapter_names: list[str] | None = None, safe_merge
     Raises:
         ValueError: not allowed (see ``check_merge_allowed``), or ``safe_merge`` and a result is not finite.
     """
-    check_merge_allowed(tuner)
+    check_merge_allowed(tuner, adapter_names)
     dtype = weights_dtype(tuner.model)
     done: list[tuple[BaseTunerLayer, list[str]]] = []
     for name, layer in list(tuner.model.named_modules()):
@@ -179,7 +185,7 @@ def merge_and_unload(
         raise ValueError(f"keep_residual={keep_residual} needs requantize: a dense merge loses nothing")
     if keep_residual is not None and keep_residual < 1:
         raise ValueError(f"keep_residual={keep_residual}; it is a rank, at least 1")
-    check_merge_allowed(tuner)
+    check_merge_allowed(tuner, adapter_names)
     model = tuner.model
     keys = list(_adapted(model))
     dense_dtype = dtype or weights_dtype(model)

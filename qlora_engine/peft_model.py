@@ -199,8 +199,14 @@ class PeftModel(TakenForPeft, AdapterFiles, PushToHubMixin, nn.Module):
         """Make one adapter the active one, trainable unless ``inference_mode``.
 
         Raises:
+            TypeError: several names.
             ValueError: no such adapter.
         """
+        if not isinstance(adapter_name, str):
+            raise TypeError(
+                f"set_adapter of a PeftModel takes one name, got {adapter_name!r}; "
+                "base_model.set_adapter takes several"
+            )
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} not found.")
         self.active_adapter = adapter_name

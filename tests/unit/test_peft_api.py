@@ -96,6 +96,13 @@ def test_set_adapter_errors() -> None:
         model.delete_adapter("nobody")
     with pytest.raises(ValueError, match="Adapter with name 'default' already exists"):
         model.add_adapter("default", LoraConfig())
+    with pytest.raises(TypeError, match=r"takes one name, got \['default'\]; base_model\.set_adapter takes"):
+        model.set_adapter(["default"])  # type: ignore[arg-type]
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"Adapter\(s\) \['nobody'\] not found; there are \['default'\]"):
+            merge(adapter_names=["nobody"])
+        with pytest.raises(TypeError, match="should be a list of strings, got 'default'"):
+            merge(adapter_names="default")
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"Cannot delete adapter\(s\) \['default'\] while they are merged"):
         model.delete_adapter("default")
