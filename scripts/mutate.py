@@ -159,6 +159,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no mutant after that")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lines", help="only these, e.g. 20,123: to look at survivors again")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
@@ -175,6 +176,10 @@ def main() -> None:
         raise SystemExit(f"the tests fail without any change: {' '.join(arguments.tests)}")
     limit = 20 + 6 * (time.monotonic() - began)
     places = sites(tree)
+    if arguments.lines is not None:
+        lines = {int(line) for line in arguments.lines.split(",")}
+        nodes: list[Any] = list(ast.walk(tree))
+        places = [site for site in places if nodes[site].lineno in lines]
     chosen = random.Random(arguments.seed).sample(places, min(arguments.most, len(places)))
     tried = survived = 0
     began = time.monotonic()
