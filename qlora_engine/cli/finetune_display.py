@@ -28,7 +28,11 @@ class Display:
 
     def _emit(self, kind: str, values: dict[str, Any]) -> None:
         if self.as_json and not self.silent:
-            print(json.dumps({"kind": kind, **values}), flush=True)
+            known = {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in values.items()
+            }
+            print(json.dumps({"kind": kind, **known}), flush=True)  # JSON has no NaN
 
     def plan(self, plan: Any) -> None:
         """The memory plan."""

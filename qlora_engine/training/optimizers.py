@@ -48,15 +48,14 @@ def check_optimizer(name: str, *, sharded: bool = False) -> None:
     known = [*PLAIN, *BITSANDBYTES]
     if name not in known:
         raise InputError(f"optimizer {name!r}{did_you_mean(name, known)}; allowed: {', '.join(known)}")
-    if name not in BITSANDBYTES:
-        return
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if sharded and (name in BITSANDBYTES or name == "adafactor"):
+        whose = "bitsandbytes" if name in BITSANDBYTES else "transformers"
+        raise InputError(
+            f"optimizer {name!r}: {whose} computes it on whole tensors, not on shards; with --shard use "
+            "adamw_torch (its 8 bytes a trained parameter are spread over the processes), adagrad or sgd"
+        )
+    if name in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
             f"optimizer {name!r} needs bitsandbytes, which is not installed (pip install bitsandbytes); "
             "adamw_torch needs nothing"
-        )
-    if sharded:
-        raise InputError(
-            f"optimizer {name!r}: bitsandbytes cannot hold sharded parameters; with --shard use adamw_torch "
-            "(its 8 bytes a trained parameter are spread over the processes) or adafactor"
         )

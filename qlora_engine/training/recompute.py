@@ -218,9 +218,13 @@ def plan(
             return with_recomputed(count)
     least = with_recomputed(len(layers))
     raise InputError(
-        f"a step needs {least.total / 2**30:.2f} GiB with every layer recomputed, {available / 2**30:.2f} "
-        "GiB are there; lower --batch-size or --max-length, or use fewer --bits"
+        f"a step needs {_size(least.total)} with every layer recomputed, {_size(available)} are there; lower "
+        "--batch-size or --max-length, or use fewer --bits"
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.2f} MiB"
 
 
 def apply(model: nn.Module, recomputed: int) -> None:

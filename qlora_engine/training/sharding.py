@@ -81,7 +81,10 @@ def load_sharded(
         raise InputError(f"{folder} is dense; a model that is to be sharded must be written by loftq-init")
     check_quantised(folder, settings)
     if config.modules_to_save or config.trainable_token_indices:
-        raise InputError("--shard trains LoRA factors alone: the adapter also trains whole modules or tokens")
+        raise InputError(
+            "--shard reads and saves LoRA factors alone; this adapter also has modules_to_save or "
+            "trainable_token_indices: leave --shard out (a copy of the model on each GPU), or take another"
+        )
     partial = PartialModel(folder, dtype=dtype, trust_remote_code=trust_remote_code, quantised=True)
     base = partial.model
     modules = dict(base.named_modules())

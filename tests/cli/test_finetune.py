@@ -176,3 +176,16 @@ def test_the_models_folder_is_no_output(quantised: Path, rows: Path) -> None:
     assert status == 2
     assert "is the model's own folder; the adapter needs another" in err
     assert sorted(quantised.iterdir()) == before
+
+
+def test_json_lines_are_json_whatever_the_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    from qlora_engine.cli.finetune_display import Display
+
+    log = {"step": 3, "steps": 9, "loss": float("nan"), "learning_rate": 0.1}
+    Display(quiet=False, as_json=True).log(log)
+
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert found == {**log, "kind": "log", "loss": None}
