@@ -1,4 +1,4 @@
-"""Suites of ``benchmarks.speed`` for what is off until it was measured: few tokens, float8, chunks, groups.
+"""Suites of ``benchmarks.speed`` for one token, float8, groups and whole checkpoints.
 
 Every suite first compares what it times with the reference, and times nothing that is wrong.
 """
@@ -19,17 +19,10 @@ from torch import Tensor
 from benchmarks import speed
 from benchmarks.gpu import measure, synchronize
 from quant import fp8, small
-from quant.linear_op import set_chunk
 from quant.spec import QuantSpec
-from quant.tensor import QuantizedTensor, quantize
+from quant.tensor import quantize
 
 Row = dict[str, Any]
-FORMATS = ("nf4", "nf3", "int8")
-CHUNKS = (8 << 20, 12 << 20, 16 << 20)  # weights; 16, 24 and 32 MB in bfloat16, of 50 MB of cache
-
-
-def _fields(q: QuantizedTensor) -> Any:
-    return (q.codes, q.scales, q.zeros, q.nested_scales, q.nested_offset, q.nested_map)
 
 
 def _agree(what: str, got: Tensor, want: Tensor, bound: float) -> None:
@@ -39,68 +32,27 @@ def _agree(what: str, got: Tensor, want: Tensor, bound: float) -> None:
 
 
 def suite_small() -> list[Row]:
-    """Packed weights at 1 to 64 tokens: ours at several tiles, decode and multiply, GEMV; and dense."""
-    from quant.backends import triton_product
-    from quant.backends.triton_product import Tile
-
-    tiles = [Tile(rows, columns, warps) for rows, columns, warps in speed.SIZES.tiles]
+    """One token: decode and multiply, bitsandbytes' GEMV, and dense."""
     rows: list[Row] = []
-    for name in FORMATS:
-        usual = name == "nf4"
-        for shape in speed.SIZES.small_shapes if usual else speed.SIZES.small_shapes[:1]:
-            weight = torch.randn(shape, device=speed.device(), dtype=torch.bfloat16)
-            q = quantize(weight, QuantSpec(name, 64, True))
-            dense = q.dequantize(torch.bfloat16)
-            for tokens in speed.SIZES.small_tokens if usual else (16,):
-                for transposed in (False, True):
-                    inner = shape[0] if transposed else shape[1]
-                    x = torch.randn(tokens, inner, device=speed.device(), dtype=torch.bfloat16)
-                    case = {"format": name, "shape": "x".join(map(str, shape)), "tokens": tokens}
-                    case["direction"] = "dX" if transposed else "forward"
-                    W = dense if transposed else dense.t()
-                    # of Triton's interpreter, which truncates to bfloat16: a step more
-                    bound = 5e-3 if speed.device() == "cuda" else 2e-2
-
-                    def packed(
-                        tile: Tile, x: Tensor = x, q: QuantizedTensor = q, t: bool = transposed
-                    ) -> Tensor:
-                        shape = (q.shape[0], q.shape[1])
-                        return triton_product.product(
-                            x, _fields(q), shape, q.spec.fmt, 64, transposed=t, tile=tile
-                        )
-
-                    def decoded(x: Tensor = x, q: QuantizedTensor = q, t: bool = transposed) -> Tensor:
-                        buffer = q.dequantize(torch.bfloat16)
-                        return x @ (buffer if t else buffer.t())
-
-                    found = []
-                    found.append(
-                        speed.row("small", "dense", measure(lambda x=x, W=W: x @ W, calls=10), **case)
-                    )
-                    found.append(
-                        speed.row("small", "decode and multiply", measure(decoded, calls=10), **case)
-                    )
-                    for tile in tiles:
-                        _agree(f"packed product {case} {tile}", packed(tile), x @ W, bound)
-                        timing = measure(lambda tile=tile, packed=packed: packed(tile), calls=10)
-                        what = f"packed {tile.rows}x{tile.columns}, {tile.warps} warps"
-                        found.append(speed.row("small", what, timing, **case))
-                    if tokens == 1 and not transposed and usual and speed.peer("bitsandbytes"):
-                        before = small.set_small_product("bitsandbytes")
-                        try:
-                            y = small.multiply(x, q, None)
-                            if y is not None:
-                                _agree("bitsandbytes' GEMV", y, x @ W, 1e-2)
-                                timing = measure(lambda x=x, q=q: small.multiply(x, q, None), calls=10)
-                                found.append(speed.row("small", "bitsandbytes GEMV", timing, **case))
-                        finally:
-                            small.set_small_product(before)
-                    for line in found:
-                        line["x dense"] = line["ms"] / found[0]["ms"]
-                    best = min(found[2:], key=lambda line: line["ms"])
-                    rows += [*found[:2], {**best, "what": f"best: {best['what']}"}]
-                    rows += [line for line in found[2:] if "GEMV" in line["what"] and line is not best]
-            del dense, weight
+    for shape in speed.SIZES.small_shapes:
+        weight = torch.randn(shape, device=speed.device(), dtype=torch.bfloat16)
+        q = quantize(weight, speed.SPEC)
+        dense = q.dequantize(torch.bfloat16)
+        x = torch.randn(1, shape[1], device=speed.device(), dtype=torch.bfloat16)
+        case = {"shape": "x".join(map(str, shape)), "tokens": 1}
+        calls: dict[str, Callable[[], object]] = {
+            "dense": lambda x=x, W=dense: x @ W.t(),
+            "decode and multiply": lambda x=x, q=q: x @ q.dequantize(torch.bfloat16).t(),
+        }
+        if speed.peer("bitsandbytes"):
+            y = small.multiply(x, q, None)
+            if y is not None:
+                _agree("bitsandbytes' GEMV", y, x @ dense.t(), 1e-2)
+                calls["bitsandbytes GEMV"] = lambda x=x, q=q: small.multiply(x, q, None)
+        found = [speed.row("small", what, measure(call, calls=10), **case) for what, call in calls.items()]
+        for line in found:
+            line["x dense"] = line["ms"] / found[0]["ms"]
+        rows += found
     return rows
 
 
@@ -150,21 +102,6 @@ def suite_fp8() -> list[Row]:
     del parts
     for suite, make in (("linear", speed.DenseLinear), ("mlp", speed.DenseMlp)):
         rows += speed.compare_module("fp8", make, speed.SIZES.tokens[1:], compute="fp8", label=f"{suite}: ")
-    return rows
-
-
-def suite_chunk() -> list[Row]:
-    """The MLP with its weights decoded and multiplied a chunk at a time."""
-    rows = []
-    for elements in (None, *(c // speed.SIZES.shrink for c in CHUNKS)):
-        before = set_chunk(elements)
-        try:
-            label = "whole: " if elements is None else f"{elements >> 10} Ki weights: "
-            rows += speed.compare_module(
-                "chunk", speed.DenseMlp, speed.SIZES.tokens[:2], label=label, peft=False
-            )
-        finally:
-            set_chunk(before)
     return rows
 
 

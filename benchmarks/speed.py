@@ -5,9 +5,9 @@
 
 Suites: dequant (decode and encode against a copy and bitsandbytes), linear, mlp, qkv (forward and backward of
 LoRA layers of Llama-3-8B against dense bf16 layers and PEFT), solver (LoftQ against exact SVDs and PEFT's
-algorithm); small (1 to 64 tokens), fp8, chunk (weights decoded a chunk at a time), group (LoftQ for several
-matrices at once), checkpoint (loftq-init from disk to disk at the size of Llama-3-8B); cpu (quantise,
-dequantise and the layer on a CPU: cpu_quant.py and cpu_linear.py). A peer that is not installed is named and
+algorithm); small (one token), fp8, group (LoftQ for several matrices at once), checkpoint (loftq-init from
+disk to disk at the size of Llama-3-8B); cpu (quantise, dequantise and the layer on a CPU: cpu_quant.py and
+cpu_linear.py). A peer that is not installed is named and
 left out. ``--tiny`` runs a suite at small sizes and without peers, on a CPU too, where Triton interprets its
 kernels: to see that it runs, not to time anything. ``benchmarks.speed_all`` runs all in one go.
 """
@@ -50,13 +50,10 @@ class Sizes:
     layers: int = 32
     vocabulary: int = 128256
     tokens: tuple[int, ...] = (512, 2048, 8192)
-    small_tokens: tuple[int, ...] = (1, 4, 16, 64)
     small_shapes: tuple[tuple[int, int], ...] = ((4096, 4096), (14336, 4096))
-    tiles: tuple[tuple[int, int, int], ...] = ((16, 128, 4), (32, 128, 4), (64, 64, 4))
     solver_shapes: tuple[tuple[int, int], ...] = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
     solver_rank: int = 64
     group: int = 8
-    shrink: int = 1  # of chunks
 
 
 TINY = Sizes(
@@ -67,13 +64,10 @@ TINY = Sizes(
     layers=2,
     vocabulary=128,
     tokens=(8, 16, 32),
-    small_tokens=(1, 16),
     small_shapes=((64, 128),),
-    tiles=((16, 64, 4),),
     solver_shapes=((96, 128),),
     solver_rank=4,
     group=3,
-    shrink=1 << 14,
 )
 SIZES = Sizes()
 
@@ -402,7 +396,7 @@ SUITES: dict[str, Callable[[], list[Row]]] = {
     "mlp": suite_mlp,
     "qkv": suite_qkv,
     "solver": suite_solver,
-    **{name: _extra(name) for name in ("small", "fp8", "chunk", "group", "checkpoint")},
+    **{name: _extra(name) for name in ("small", "fp8", "group", "checkpoint")},
 }
 
 

@@ -28,7 +28,6 @@ ESTIMATES = {
     "group": 30,
     "small": 70,
     "fp8": 40,
-    "chunk": 30,
     "checkpoint": 160,
     "linear": 20,
     "qkv": 25,

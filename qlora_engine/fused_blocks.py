@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from quant.linear_op import Weight, decoded, row_ranges, times, using_workspace, workspace
+from quant.linear_op import Weight, decoded, times, using_workspace, workspace
 
 from . import fused
 
@@ -171,20 +171,16 @@ class _SwigluMlp(torch.autograd.Function):
         first = 0
         for part, out in ((gate, gate_up[:, :width]), (up, gate_up[:, width : 2 * width])):
             mine = slice(hidden + first, hidden + first + len(part.A))
-            for start, stop in row_ranges(width, hidden + inner):
-                size = (stop - start) * (hidden + inner)
-                W = workspace(size, x.dtype, x.device).view(stop - start, hidden + inner)
-                part.weight.decode(W[:, :hidden], start)
-                W[:, hidden:] = 0
-                torch.mul(part.B[start:stop], part.scaling, out=W[:, mine])
-                torch.mm(xh, W.t(), out=out[:, start:stop])
+            W = workspace(width * (hidden + inner), x.dtype, x.device).view(width, hidden + inner)
+            part.weight.decode(W[:, :hidden])
+            W[:, hidden:] = 0
+            torch.mul(part.B, part.scaling, out=W[:, mine])
+            torch.mm(xh, W.t(), out=out)
             first += len(part.A)
         h = xh[:, hidden : hidden + ranks].contiguous()
         del xh
         act = triton_blocks.swiglu(gate_up, rows.new_empty(tokens, width))
-        y = rows.new_empty(tokens, hidden)
-        for start, stop, W in decoded(down.weight, x):
-            torch.mm(act, W.t(), out=y[:, start:stop])
+        y = act @ decoded(down.weight, x).t()
         h_down = act @ down.A.to(x.dtype).t()
         y.addmm_(h_down, down.B.to(x.dtype).t(), alpha=down.scaling)
         ctx.parts = [
@@ -233,14 +229,10 @@ class _SwigluMlp(torch.autograd.Function):
         dA = dh[:, :ranks].t() @ rows
         dx = times(d_gate, gate.weight)
         stacked = _padded(torch.cat([gate.A, up.A]).to(x.dtype), inner)
-        for start, stop in row_ranges(width, hidden):
-            last = inner if stop == width else 0
-            W = workspace((stop - start + last) * hidden, x.dtype, x.device).view(stop - start + last, hidden)
-            up.weight.decode(W[: stop - start], start)
-            if last:
-                W[stop - start :] = stacked
-            columns = slice(width + start, width + stop + last)
-            dx.addmm_(gate_up[:, columns], W)  # [d_up, dh] [W_up; A_gate; A_up]
+        W = workspace((width + inner) * hidden, x.dtype, x.device).view(width + inner, hidden)
+        up.weight.decode(W[:width])
+        W[width:] = stacked
+        dx.addmm_(gate_up[:, width:], W)  # [d_up, dh] [W_up; A_gate; A_up]
         return (
             dx.reshape(x.shape),
             None,

@@ -6,15 +6,14 @@ are multiplied in float32 tiles, because its half-precision products are up to 1
 with bitsandbytes' layer at 512 tokens).
 
 On a GPU the whole weight is decoded into a buffer that all layers of a stream share, and multiplied by
-cuBLAS. Three other ways are there and off until somebody asks for them: packed products for a few tokens
-(``small.py``), float8 products (``fp8.py``, by layer), and chunks of the weight that stay in the second-level
-cache between decoding and multiplying (``set_chunk``).
+cuBLAS. One token goes to bitsandbytes' GEMV where it can (``small.py``); float8 products (``fp8.py``) are
+there for layers that ask for them.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -38,26 +37,9 @@ _TILE_ELEMENTS = 1 << 18
 _FEW_TOKENS = 8
 _local = threading.local()
 _gpu_buffers: dict[tuple[Any, ...], Tensor] = {}
-_chunk: dict[str, int | None] = {"elements": None}
 # Held from decoding into a shared buffer until the product that reads it is enqueued: threads that launch on
 # one stream would else decode over each other's weight.
 using_workspace = threading.RLock()
-
-
-def set_chunk(elements: int | None) -> int | None:
-    """Decode and multiply on a GPU so many weights at a time; returns what was set before.
-
-    Args:
-        elements: Of the weight, in whole rows; None (default): all of it. An H100's second-level cache holds
-            16 million in 16 bits. Whether it pays has not been measured yet.
-
-    Raises:
-        ValueError: not positive.
-    """
-    if elements is not None and elements < 1:
-        raise ValueError(f"a chunk of {elements} elements; it must hold at least one")
-    before, _chunk["elements"] = _chunk["elements"], elements
-    return before
 
 
 @cache
@@ -73,12 +55,6 @@ def _tile_dtype(dtype: torch.dtype, tokens: int) -> torch.dtype:
     if half and (tokens <= _FEW_TOKENS or not _cpu_has_half(dtype)):
         return torch.float32
     return dtype
-
-
-def row_ranges(rows: int, columns: int) -> list[tuple[int, int]]:
-    """First and last row of the pieces in which a weight is decoded on a GPU; one, unless ``set_chunk``."""
-    step = rows if _chunk["elements"] is None else max(1, _chunk["elements"] // max(columns, 1))
-    return [(start, min(start + step, rows)) for start in range(0, rows, max(step, 1))]
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -175,16 +151,13 @@ class Weight(NamedTuple):
 
 
 def _whole(device: torch.device) -> bool:
-    """Whether weights are decoded as wholes, or the user's chunks, not in tiles for a CPU's cache."""
+    """Whether weights are decoded as wholes, not in tiles for a CPU's cache."""
     return device.type != "cpu"
 
 
-def decoded(weight: Weight, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """First and last row and the decoded rows between, in the shared buffer and the dtype of ``like``."""
-    rows, columns = weight.shape
-    for start, stop in row_ranges(rows, columns):
-        out = workspace((stop - start) * columns, like.dtype, like.device).view(stop - start, columns)
-        yield start, stop, weight.decode(out, start)
+def decoded(weight: Weight, like: Tensor) -> Tensor:
+    """The decoded weight in the shared buffer, in the dtype of ``like``."""
+    return weight.decode(workspace(weight.shape.numel(), like.dtype, like.device).view(weight.shape))
 
 
 def _float8(weight: Weight, transposed: bool, device: torch.device) -> Tensor:
@@ -209,20 +182,14 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     if weight.compute == "fp8":
         with using_workspace:
             return fp8.multiply(x, weight.quantized(), bias, _float8(weight, False, x.device))
-    if small.chosen(x.shape[0], x.device, weight.spec.bits) != "dense":
+    if small.worth_it(x):
         found = small.multiply(x, weight.quantized(), bias)
         if found is not None:
             return found
     if _whole(x.device):
         bias = None if bias is None else bias.to(x.dtype)
         with using_workspace:
-            if _chunk["elements"] is None:
-                _, _, dense = next(decoded(weight, x))
-                return torch.nn.functional.linear(x, dense, bias)
-            y = x.new_empty(x.shape[0], rows)
-            for start, stop, dense in decoded(weight, x):
-                torch.mm(x, dense.t(), out=y[:, start:stop])
-        return y if bias is None else y.add_(bias)
+            return torch.nn.functional.linear(x, decoded(weight, x), bias)
     q, dtype = _for_tiles(weight), _tile_dtype(x.dtype, x.shape[0])
     x_tile = x.to(dtype)
     y = torch.empty(x.shape[0], rows, dtype=dtype)
@@ -237,12 +204,8 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 def times(grad: Tensor, weight: Weight) -> Tensor:
     """grad (tokens, out) @ W by way of the shared buffer, on a GPU: (tokens, in), a fresh tensor."""
-    dx: Tensor | None = None
     with using_workspace:
-        for start, stop, dense in decoded(weight, grad):
-            part = grad[:, start:stop]
-            dx = part @ dense if dx is None else dx.addmm_(part, dense)
-    return grad.new_zeros(grad.shape[0], weight.shape[1]) if dx is None else dx
+        return grad @ decoded(weight, grad)
 
 
 def multiply_transposed(grad: Tensor, weight: Weight) -> Tensor:
@@ -251,10 +214,6 @@ def multiply_transposed(grad: Tensor, weight: Weight) -> Tensor:
     if weight.compute == "fp8":
         with using_workspace:
             return fp8.multiply_transposed(grad, weight.quantized(), _float8(weight, True, grad.device))
-    if small.chosen(grad.shape[0], grad.device, weight.spec.bits) != "dense":
-        found = small.multiply(grad, weight.quantized(), None, transposed=True)
-        if found is not None:
-            return found
     if _whole(grad.device):
         return times(grad, weight)
     q, dtype = _for_tiles(weight), _tile_dtype(grad.dtype, grad.shape[0])

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quant.backends.triton_kernels import _scale_of, interpreted, on_device
-from quant.backends.triton_product import _GROUP, Fields, layout, weight_tile
+from quant.backends.triton_tile import GROUPS, Fields, layout, weight_tile
 from quant.formats import Format
 from quant.tables import tables
 
@@ -178,7 +178,7 @@ def decode(
     """
     codes, blocks, zeros, nested_scales, offset, mapping = fields
     rows, columns = shape
-    group = _GROUP[fmt.bits] if columns % _GROUP[fmt.bits] == 0 else 1
+    group = GROUPS[fmt.bits] if columns % GROUPS[fmt.bits] == 0 else 1
     with on_device(codes.device):
         _decode_kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))](
             out,

@@ -38,7 +38,6 @@ def _poisoned() -> Iterator[None]:
             buffer.fill_(float("nan"))
     yield
     torch.use_deterministic_algorithms(False)
-    linear_op.set_chunk(None)
 
 
 def part(rows: int, columns: int, rank: int, spec: QuantSpec, scaling: float) -> tuple[Part, list[Tensor]]:
@@ -75,10 +74,8 @@ def compare(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("chunk", [None, 1000])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_swiglu_mlp(spec: QuantSpec, chunk: int | None, dtype: torch.dtype) -> None:
-    linear_op.set_chunk(chunk)
+def test_swiglu_mlp(spec: QuantSpec, dtype: torch.dtype) -> None:
     for hidden, width, ranks in ((64, 96, (4, 4, 4)), (48, 80, (3, 8, 5)), (16, 16, (1, 2, 3))):
         gate, up, down = made = [
             part(width, hidden, ranks[0], spec, 2.0),

@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 
 from qlora_engine import LoraConfig, fused
 from qlora_engine.lora import Embedding, Linear
-from quant import QuantSpec, formats, linear_op, quantize, small
+from quant import QuantSpec, formats, linear_op, quantize
 from quant.linear import QuantEmbedding, QuantLinear
 from tests.reference.float64 import BOUNDS, error, weight
 
@@ -36,8 +36,6 @@ def _poisoned() -> Iterator[None]:
             buffer.fill_(float("nan"))
     yield
     torch.use_deterministic_algorithms(False)
-    small.set_small_product("measured")
-    linear_op.set_chunk(None)
 
 
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,19 +48,7 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_op, "_whole", lambda device: True)
 
 
-def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's way in pieces."""
-    whole(monkeypatch)
-    linear_op.set_chunk(300)
-
-
-def packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel for a few tokens."""
-    pytest.importorskip("triton")
-    small.set_small_product("triton")
-
-
-WAYS: list[Callable[[pytest.MonkeyPatch], None]] = [tiles, whole, chunks, packed]
+WAYS: list[Callable[[pytest.MonkeyPatch], None]] = [tiles, whole]
 
 
 def test_the_memory_is_poisoned() -> None:

@@ -15,7 +15,6 @@ pytest.importorskip("triton")
 
 from qlora_engine import fused, fused_blocks
 from qlora_engine.fused_blocks import Part, shared_input, swiglu_mlp
-from quant import linear_op
 from quant.linear import QuantLinear
 from quant.linear_op import TENSOR_NAMES, Weight
 from quant.spec import QuantSpec
@@ -44,11 +43,7 @@ def close(got: Tensor, want: Tensor) -> None:
 
 @pytest.mark.parametrize("spec", [QuantSpec(), QuantSpec("int3", 32, True), QuantSpec("uint2")])
 @pytest.mark.parametrize("ranks", [(4, 4, 4), (3, 8, 5)])
-@pytest.mark.parametrize("chunk", [None, 1000])
-def test_swiglu_mlp(
-    spec: QuantSpec, ranks: tuple[int, int, int], chunk: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(linear_op._chunk, "elements", chunk)
+def test_swiglu_mlp(spec: QuantSpec, ranks: tuple[int, int, int]) -> None:
     gate, up = (part(96, 64, rank, seed, spec, 2.0) for seed, rank in enumerate(ranks[:2]))
     down = part(64, 96, ranks[2], 7, spec, 0.5)
     x = torch.randn(2, 5, 64, device=DEVICE, requires_grad=True)

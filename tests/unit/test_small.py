@@ -1,4 +1,4 @@
-"""Which product serves a few tokens, and the other ways of the GPU's path, on a CPU."""
+"""Which product serves one token, and the lock of the GPU's path, on a CPU."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from quant import QuantSpec, linear_op, quantize, small
-from quant.backends import triton_product
 from quant.linear import QuantLinear
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
     yield
-    small.set_small_product("measured")
-    linear_op.set_chunk(None)
+    small.set_small_product("auto")
 
 
 def layer(spec: QuantSpec, rows: int = 48, columns: int = 96) -> tuple[QuantLinear, Tensor]:
@@ -34,50 +32,50 @@ def run(module: QuantLinear, x: Tensor) -> tuple[Tensor, Tensor]:
     return y.detach(), dx
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(), QuantSpec("int3", 32, True), QuantSpec("uint2")], ids=str)
-def test_the_chosen_product_runs_forward_and_backward(
-    spec: QuantSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, dense = layer(spec)
-    calls: list[bool] = []
-    real = triton_product.product
+def test_one_token_on_a_gpu_is_worth_it_unless_switched_off() -> None:
+    class Rows:
+        device = torch.device("cuda")
 
-    def counted(*args, **kwargs):  # type: ignore[no-untyped-def]
-        calls.append(kwargs["transposed"])
-        return real(*args, **kwargs)
+        def __init__(self, tokens: int) -> None:
+            self.shape = (tokens, 96)
 
-    monkeypatch.setattr(triton_product, "product", counted)
-    for tokens, expected in ((1, 1), (64, 1), (65, 0)):
-        x = torch.randn(tokens, 96)
-        for choice in ("triton", "dense", "measured"):
-            small.set_small_product(choice)
-            calls.clear()
-            y, dx = run(module, x)
-            torch.testing.assert_close(y, x @ dense.t() + module.bias, rtol=1e-5, atol=1e-4)
-            torch.testing.assert_close(dx, dense.sum(0).expand(tokens, -1), rtol=1e-5, atol=1e-4)
-            assert calls == ([False, True] if expected and choice == "triton" else [])
-
-
-def test_nothing_is_chosen_that_was_not_measured() -> None:
-    assert small.MEASURED == {}
-    for tokens in (0, 1, 16, 64, 65):
-        assert small.chosen(tokens, torch.device("cuda"), 4) == "dense"
-
-
-def test_the_table_decides_by_device_width_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(small, "MEASURED", {((9, 0), 4): ((1, "absent_package"), (16, "triton"))})
-    cuda = torch.device("cuda")
-    assert [small.chosen(n, cuda, 4) for n in (1, 2, 16, 17, 65)] == ["triton"] * 3 + ["dense"] * 2
-    assert small.chosen(1, cuda, 3) == small.chosen(1, torch.device("cpu"), 4) == "dense"
+    assert [small.worth_it(Rows(tokens)) for tokens in (0, 1, 2)] == [False, True, False]  # type: ignore[arg-type]
+    assert not small.worth_it(torch.randn(1, 96))
     small.set_small_product("dense")
-    assert small.chosen(1, cuda, 4) == "dense"
+    assert not small.worth_it(Rows(1))  # type: ignore[arg-type]
+
+
+def test_the_gemv_gets_the_weight_and_the_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    from quant.backends import bnb
+
+    module, dense = layer(QuantSpec("nf4", 32, True))
+    q = module.quantized()
+
+    def gemv(x, codes, scales, shape, fmt, block_size):  # type: ignore[no-untyped-def]
+        assert (shape, fmt.name, block_size, scales.numel()) == ((48, 96), "nf4", 32, 144)
+        return x @ dense.t()
+
+    class OnGpu(Tensor):  # a CPU's tensor that says it lies on a GPU
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(bnb, "gemv", gemv)
+    monkeypatch.setattr(bnb, "unavailable", lambda *args: None)
+    x = torch.randn(1, 96)
+    gpu_x = x.as_subclass(OnGpu)
+    y = small.multiply(gpu_x, q, module.bias)
+    assert y is not None
+    torch.testing.assert_close(torch.Tensor(y), x @ dense.t() + module.bias, rtol=1e-6, atol=1e-6)
+    assert small.multiply(torch.randn(2, 96).as_subclass(OnGpu), q, None) is None
+    assert small.multiply(x, q, None) is None
+    monkeypatch.setattr(bnb, "unavailable", lambda *args: "not installed")
+    assert small.multiply(gpu_x, q, None) is None
 
 
 def test_set_small_product() -> None:
-    assert small.set_small_product("triton") == "measured"
-    assert small.set_small_product("measured") == "triton"
-    with pytest.raises(ValueError, match=r"'fast'.*allowed: measured, dense"):
+    assert small.set_small_product("dense") == "auto"
+    assert small.set_small_product("auto") == "dense"
+    with pytest.raises(ValueError, match=r"'fast'.*allowed: auto, dense"):
         small.set_small_product("fast")
 
 
@@ -107,23 +105,6 @@ def test_bitsandbytes_gemv_gets_what_its_operator_takes(monkeypatch: pytest.Monk
         bnb, "tables", lambda fmt, device: type("T", (), {"levels": torch.empty(16, device="meta")})
     )
     assert bnb.gemv(*parts, (32, 64), fmt, 64).shape == (1, 32)
-
-
-@pytest.mark.parametrize("elements", [1, 96 * 7, 96 * 48, 10**9])
-def test_chunks_make_one_product(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_op, "_whole", lambda device: True)  # the GPU's path
-    module, dense = layer(QuantSpec("nf4", 64, True))
-    x = torch.randn(5, 96)
-    sizes: list[int] = []
-    real = linear_op.workspace
-    monkeypatch.setattr(linear_op, "workspace", lambda numel, *a: (sizes.append(numel), real(numel, *a))[1])
-    linear_op.set_chunk(elements)
-    y, dx = run(module, x)
-    torch.testing.assert_close(y, x @ dense.t() + module.bias, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(dx, dense.sum(0).expand(5, -1), rtol=1e-5, atol=1e-4)
-    assert max(sizes) <= max(96, elements)
-    with pytest.raises(ValueError, match="at least one"):
-        linear_op.set_chunk(0)
 
 
 def test_the_shared_buffer_is_locked_until_it_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
