@@ -21,6 +21,7 @@ class Display:
         self.silent = quiet
         self.console = common.console(sys.stderr, quiet=quiet or as_json)
         self.began = time.monotonic()
+        self.before: int | None = None  # steps of earlier sessions
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -35,7 +36,8 @@ class Display:
             print(json.dumps({"kind": kind, **known}), flush=True)  # JSON has no NaN
 
     def plan(self, plan: Any) -> None:
-        """The memory plan."""
+        """The memory plan; training begins."""
+        self.began = time.monotonic()
         self._emit("plan", plan.to_json())
         for line in plan.lines():
             self.console.print(line, markup=False)
@@ -45,7 +47,8 @@ class Display:
         self._emit("log", log)
         step, steps = log["step"], log["steps"]
         if "loss" in log:
-            left = (time.monotonic() - self.began) / max(step, 1) * (steps - step)
+            self.before = step - 1 if self.before is None else self.before
+            left = (time.monotonic() - self.began) / (step - self.before) * (steps - step)
             self.console.print(
                 f"step {step}/{steps}  loss {log['loss']:.4f}  learning rate {log['learning_rate']:.2e}  "
                 f"about {left:.0f} s left",

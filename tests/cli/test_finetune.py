@@ -189,3 +189,18 @@ def test_json_lines_are_json_whatever_the_loss(capsys: pytest.CaptureFixture[str
 
     found = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert found == {**log, "kind": "log", "loss": None}
+
+
+def test_the_time_left_is_of_this_session(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_engine.cli import finetune_display as module
+
+    clock = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    show = module.Display(quiet=False, as_json=False)
+    for step in (51, 52):
+        clock[0] += 10
+        show.log({"step": step, "steps": 60, "loss": 1.0, "learning_rate": 0.1})
+    left = [line.split("about ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert left == ["90 s left", "80 s left"]
