@@ -37,6 +37,8 @@ from quant import QuantizedTensor, QuantSpec, quantize
 
 FORMATS = {"weights": ("nf4", "fp4", "int4", "nf3", "int3", "nf2"), "layers": ("nf4", "nf3", "nf2")}
 FORMATS |= dict.fromkeys(("perplexity", "finetune"), FORMATS["layers"])
+# Of calibrated methods that alternate; the others solve once.
+ALTERNATIONS = {"qera-alternating": (5,), "recipe": (1, 4)}
 RANKS = {"weights": (8, 16, 64), "layers": (16,), "perplexity": (16,), "finetune": (16,)}
 
 
@@ -97,7 +99,8 @@ def candidates(suite: str, formats: list[str], *, block_size: int, peft: bool) -
                         yield replace(loftq, method=method)
                         yield replace(loftq, method=method, scales="signed-mse")
                     elif suite != "weights":
-                        yield replace(loftq, method=method, iters=1, scales="signed-mse")
+                        for count in ALTERNATIONS.get(method, (1,)):
+                            yield replace(loftq, method=method, iters=count, scales="signed-mse")
 
 
 @dataclass
