@@ -48,6 +48,8 @@ class BaseTunerLayer:
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"
     merged_adapters: list[str]
+    # PEFT's: who reads a base that another library quantised. Set, it is what ``status`` tells of the layer.
+    quantization_backend: Any = None
     base_layer: nn.Module
     # Whether forward() casts its input to the adapter's dtype.
     cast_input_dtype_enabled: bool = True

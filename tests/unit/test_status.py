@@ -122,6 +122,7 @@ def test_an_attribute_of_the_layer_wins() -> None:
 
     model = make()
     layer = model.base_model.model.lin0
+    assert layer.quantization_backend is None
     layer.quantization_backend = Backend()
     assert quantization_backend(layer) == "mine"
 
