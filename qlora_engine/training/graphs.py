@@ -175,6 +175,7 @@ class GraphedLayers:
         self._sources = [None] * len(sources)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        collecting = gc.isenabled()
         gc.collect()
         gc.disable()  # freeing the last step's tensors is not to be part of a graph
         try:
@@ -193,7 +194,8 @@ class GraphedLayers:
             self.failure = f"the layers cannot be captured: {str(error).splitlines()[0]}"
             return
         finally:
-            gc.enable()
+            if collecting:
+                gc.enable()
         for layer in self.layers:
             layer.leaves, layer.output = [], None
         self.ready = True
