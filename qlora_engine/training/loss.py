@@ -20,6 +20,7 @@ from qlora_engine.errors import InputError
 
 from . import liger
 from .data import IGNORED
+from .packed_mask import attention_dtype, packed_mask, takes_packed_mask
 
 CHUNK_ROWS = 1024  # at a vocabulary of 128,256: 0.5 GB of logits in float32, 0.25 GB in 16 bits
 LOSSES = ("auto", "liger", "chunked")
@@ -129,7 +130,7 @@ def use_chunked_loss(model: Any, which: str = "auto") -> str:
     if which == "liger" and refused:
         raise InputError(f"loss='liger': {refused}")
     chosen = "chunked" if which == "chunked" or refused else "liger"
-    base.forward = types.MethodType(functools.partial(_forward, chosen), base)
+    base.forward = types.MethodType(functools.partial(_forward, chosen, takes_packed_mask(base)), base)
     return chosen
 
 
@@ -190,7 +191,7 @@ def _agrees(base: Any, backbone: nn.Module, head: nn.Linear) -> bool:
 
 
 def _forward(
-    loss: str, self: Any, input_ids: Tensor | None = None, *, labels: Tensor | None = None,
+    loss: str, one_mask: bool, self: Any, input_ids: Tensor | None = None, *, labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
 ) -> Any:  # fmt: skip
     if labels is None:
@@ -200,6 +201,8 @@ def _forward(
     kwargs.pop("logits_to_keep", None)
     kwargs.pop("return_dict", None)
     kwargs.setdefault("use_cache", False)
+    if one_mask and kwargs.get("attention_mask") is None and kwargs.get("position_ids") is not None:
+        kwargs["attention_mask"] = packed_mask(kwargs["position_ids"], attention_dtype(self))
     backbone, head = getattr(self, self.base_model_prefix), self.get_output_embeddings()
     output = backbone(input_ids=input_ids, **kwargs)
     hidden = output[0][:, :-1].flatten(0, 1)  # (tokens, hidden)
