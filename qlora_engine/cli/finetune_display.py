@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_engine.cli import common
+from qlora_engine.files import read_json_object
 
 
 class Display:
@@ -75,4 +76,12 @@ class Display:
             )
         if outcome.sample is not None:
             self.console.print(f"sample: {outcome.sample}", markup=False)
-        self.console.print(f"adapter: {output}\nnext: qlora-merge {model} {output} merged/", markup=False)
+        if not self.silent:  # other processes may come here before the adapter is written
+            self.console.print(f"adapter: {output}\nnext: {_next(output, model)}", markup=False)
+
+
+def _next(adapter: Path, model: str) -> str:
+    """What merges the adapter: the command, which knows modules but no stacked experts, or Python."""
+    if not read_json_object(adapter / "adapter_config.json").get("target_parameters"):
+        return f"qlora-merge {model} {adapter} merged/"
+    return "in Python, PeftModel.from_pretrained(model, adapter).merge_and_unload(), for stacked experts"

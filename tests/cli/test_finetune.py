@@ -204,3 +204,18 @@ def test_the_time_left_is_of_this_session(
         show.log({"step": step, "steps": 60, "loss": 1.0, "learning_rate": 0.1})
     left = [line.split("about ")[1] for line in capsys.readouterr().err.splitlines()]
     assert left == ["90 s left", "80 s left"]
+
+
+@pytest.mark.parametrize("parameters", [None, ["gate_up_proj"]])
+def test_what_is_said_to_come_next_works(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, parameters: list[str] | None
+) -> None:
+    from qlora_engine.cli.finetune_display import Display
+    from qlora_engine.training.outcome import Outcome
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"target_parameters": parameters}))
+    outcome = Outcome(0, [], [], 1.0, 0.0, 0, "full")
+    Display(quiet=False, as_json=False).outcome(outcome, tmp_path, "base")
+    told = capsys.readouterr().err
+    assert ("next: qlora-merge base" in told) == (parameters is None)
+    assert ("merge_and_unload" in told) == (parameters is not None)
