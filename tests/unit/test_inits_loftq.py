@@ -140,3 +140,44 @@ def test_every_width_gains(bits: int) -> None:
     assert done.error_plain is not None
     assert done.error < 0.95 * done.error_plain
     assert done.iterations == len(done.trace) - 1
+
+
+# What is left after each iteration; the plain base's first. What is kept, and where the alternation ends.
+TRACES = [
+    ((1.0, 0.9, 0.7, 0.8, 0.6), 2, 4),  # it ends where it gets worse, though still below the first
+    ((1.0, 0.9, 0.8, 0.7, 0.6), 4, 5),
+    ((1.0, 0.9, 0.9, 0.9, 0.8), 4, 5),  # as good is not worse
+    ((1.0, 0.9, 0.95, 0.1, 0.1), 1, 3),
+    ((0.5, 0.9, 0.8, 0.7, 0.6), 0, 5),  # plain is better than all
+    ((0.6, 0.9, 0.8, 0.7, 0.6), 0, 5),  # and when it is as good
+]
+
+
+@pytest.mark.parametrize(("left", "best", "length"), TRACES)
+def test_which_iterate_is_kept(
+    left: tuple[float, ...], best: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert loftq._chosen(list(left)) == (best, left[:length])
+    errors = iter(left)
+    monkeypatch.setattr(loftq, "relative", lambda *_: next(errors))
+    request = InitRequest(4, QuantSpec("nf4", 64), iters=4)
+    solution = loftq.solve(torch.randn(64, 64), request)
+    assert (solution.best, solution.trace) == (best, left[:length])
+    assert (solution.factors.B == 0).all() == (best == 0)
+
+
+@pytest.mark.parametrize("start", ["zero", "svd"])
+@pytest.mark.parametrize("scales", ["absmax", "signed-mse"])
+def test_many_are_solved_as_one_by_one(start: str, scales: str) -> None:
+    weights = torch.randn(3, 96, 64)
+    request = InitRequest(4, QuantSpec("nf3", 64), iters=3, start=start, scales=scales)
+    for alone, together in zip(
+        [loftq.solve(weight, request) for weight in weights],
+        loftq.solve_many(weights, [request] * 3),
+        strict=True,
+    ):
+        assert together.trace == pytest.approx(alone.trace, rel=1e-4)
+        assert together.best == alone.best
+        assert (together.error_plain is None) == (alone.error_plain is None) == (scales != "absmax")
+        difference = together.factors.product() - alone.factors.product()
+        assert float(difference.norm() / alone.factors.product().norm()) < 0.05
