@@ -7,7 +7,7 @@ Suites: dequant (decode and encode against a copy and bitsandbytes), linear, mlp
 LoRA layers of Llama-3-8B against dense bf16 layers and PEFT), solver (LoftQ against exact SVDs and PEFT's
 algorithm); small (one token), fp8, group (LoftQ for several matrices at once), checkpoint (loftq-init from
 disk to disk at the size of Llama-3-8B); cpu (quantise, dequantise and the layer on a CPU: cpu_quant.py and
-cpu_linear.py). A peer that is not installed is named and
+cpu_linear.py); step (a training step beside PEFT: step.py). A peer that is not installed is named and
 left out. ``--tiny`` runs a suite at small sizes and without peers, on a CPU too, where Triton interprets its
 kernels: to see that it runs, not to time anything. ``benchmarks.speed_all`` runs all in one go.
 """
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import common, cpu_linear, cpu_quant
+from benchmarks import common, cpu_linear, cpu_quant, step
 from benchmarks.gpu import GpuTiming, measure, synchronize
 from quant.linear import QuantLinear
 from quant.spec import QuantSpec
@@ -437,7 +437,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--suite",
         default=",".join(SUITES),
-        help=f"comma-separated, of: {', '.join(SUITES)}; or cpu, by itself",
+        help=f"comma-separated, of: {', '.join(SUITES)}; or cpu or step, by itself",
     )
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument(
@@ -446,6 +446,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.suite == "cpu":
         return max(run(arguments) for run, arguments in cpu_commands(options.json))
+    if options.suite == "step":
+        json_file = [] if options.json is None else ["--json", str(options.json)]
+        return step.main([*json_file, *(["--tiny"] if options.tiny else [])])
     unknown = set(options.suite.split(",")) - set(SUITES)
     if unknown:
         parser.error(f"unknown suite {sorted(unknown)}; known: {', '.join(SUITES)}")

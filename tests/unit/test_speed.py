@@ -38,8 +38,9 @@ def test_without_a_gpu_it_says_what_it_needs(capsys: pytest.CaptureFixture[str])
     if torch.cuda.is_available():
         pytest.skip("there is one")
     assert speed.main(["--suite", "mlp"]) == 2
+    assert speed.main(["--suite", "step"]) == 2
     assert speed_all.main(["--out", "nowhere"]) == 2
-    assert capsys.readouterr().err.count("needs a CUDA GPU") == 2
+    assert capsys.readouterr().err.count("needs a CUDA GPU") == 3
 
 
 def test_a_peer_that_is_missing_is_named(
