@@ -110,7 +110,8 @@ def finetune(
     against = _why_no_graphs(settings, collator.packed)
     if settings.cuda_graphs == "auto" and memory.total > _ROOM * memory.available:
         against = against or "memory is short"
-    replayed = graphs.enable(model, settings.cuda_graphs, against)
+    finished = checkpoint is not None and is_finished(checkpoint, settings)
+    replayed = None if finished else graphs.enable(model, settings.cuda_graphs, against)
     if replayed is not None:
         collator = replace(collator, length=settings.max_length)  # one shape for all steps
     watch = None if say is None else Interruptible(say)
@@ -130,7 +131,7 @@ def finetune(
     )
     trainer.remove_callback(PrinterCallback)
     seconds = 0.0
-    if checkpoint is not None and is_finished(checkpoint, settings):
+    if checkpoint is not None and finished:
         trainer.restore(checkpoint)  # Trainer would train one step more
     else:
         with nullcontext() if watch is None else watch.watching():

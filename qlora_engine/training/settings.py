@@ -78,6 +78,7 @@ class Settings:
         loss: "auto" (liger-kernel where it can run, else ours), "liger", "chunked" (ours).
         precision: One of PRECISIONS; "auto": bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU.
         cuda_graphs: "auto" (where it can), "on", "off": replay the decoder layers' launches, see ``graphs``.
+            The first step of every session runs without: a resumed run is then equal up to rounding.
         optimizer: transformers' name, such as adamw_torch, paged_adamw_8bit (needs bitsandbytes).
         evaluate_every, save_every: Steps; 0: once an epoch.
         early_stopping: Evaluations without a better loss before the run ends; 0: never. Checkpoints are then
