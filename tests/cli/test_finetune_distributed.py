@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .command import ROOT
+from tests.torchrun import finish, launch
+
 from .test_finetune import invoke, losses
 
 STEPS = ("--max-steps", 4, "--max-length", 48, "--packing", "off", "--learning-rate", 0.01)
@@ -26,27 +26,7 @@ def torchrun(
     *arguments: Any, command: str = "finetune", processes: int = 2, **popen: Any
 ) -> subprocess.Popen[str]:
     """A command in two processes, or more, of one thread each."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [*launcher, "-m", f"qlora_engine.cli.{command}", *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **popen,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Status and output; nothing is left running."""
-    try:
-        out, err = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return process.returncode, out, err
+    return launch("-m", f"qlora_engine.cli.{command}", *arguments, processes=processes, **popen)
 
 
 def errors(text: str, program: str = "qlora-finetune") -> list[str]:

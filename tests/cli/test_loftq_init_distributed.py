@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_engine.pipeline import _share
+from tests.torchrun import finish
 
 from .command import files, invoke
-from .test_finetune_distributed import errors, finish, torchrun
+from .test_finetune_distributed import errors, torchrun
 
 OPTIONS = ("--rank", 4, "--max-shard-size", "60KB")
 

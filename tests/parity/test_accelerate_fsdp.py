@@ -3,14 +3,12 @@ sharded, and two processes compute the loss and gradients of one."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.torchrun import run_script
+
 SCRIPT = """
 import sys, types
 import torch
@@ -65,16 +63,4 @@ def test_accelerate_shards_our_model(tmp_path: Path, make_checkpoint: object) ->
     with pytest.raises(SystemExit) as ended:
         loftq_init.main([str(model), str(tmp_path / "base"), "--rank", "4", "--quiet"])
     assert ended.value.code in (0, None)
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, str(script), str(tmp_path / "base")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal") == 2
+    assert run_script(SCRIPT, tmp_path, tmp_path / "base").count("equal") == 2

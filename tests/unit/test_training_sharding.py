@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.torchrun import run_script
+
 SCRIPT = """
 import sys, torch
 from pathlib import Path
@@ -76,19 +74,7 @@ def test_no_process_holds_the_whole_model(tmp_path: Path, make_checkpoint: Any) 
     with pytest.raises(SystemExit) as ended:
         loftq_init.main([str(model), str(tmp_path / "base"), "--rank", "4", "--bits", "3", "--quiet"])
     assert ended.value.code in (0, None)
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, str(script), str(tmp_path / "base")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("held") == 2
+    assert run_script(SCRIPT, tmp_path, tmp_path / "base").count("held") == 2
 
 
 FP16 = """
@@ -145,22 +131,11 @@ def test_fp16_scales_sharded_gradients_as_it_does_copies(tmp_path: Path, make_ch
 
     with pytest.raises(SystemExit):
         loftq_init.main([str(make_checkpoint("llama")), str(tmp_path / "base"), "--rank", "4", "--quiet"])
-    (tmp_path / "script.py").write_text(FP16)
     rows = [{"prompt": f"{i} plus one is", "completion": f" {i + 1}."} for i in range(60)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     def start(out: str, *more: str) -> dict[str, Any]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        arguments = [tmp_path / name for name in ("script.py", "base", "rows.jsonl", out)]
-        done = subprocess.run(
-            list(map(str, [*launcher, *arguments, *more])),
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        run_script(FP16, tmp_path, tmp_path / "base", tmp_path / "rows.jsonl", tmp_path / out, *more)
         found = [json.loads((tmp_path / out / f"found-{rank}.json").read_text()) for rank in range(2)]
         assert found[0] == found[1]
         return found[0]
