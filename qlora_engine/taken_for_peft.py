@@ -4,6 +4,9 @@ transformers' Trainer and TRL ask ``isinstance(model, peft.PeftModel)`` to know 
 so that they save the adapter, accept a quantised base and look for the head in the base model. Python's
 isinstance also asks the object for its ``__class__``; there we answer with a class that is ours and derives
 from PEFT's as well. ``type(model)`` stays ours, PEFT is not imported for this and not changed.
+
+Where PEFT is not installed, Trainer trains the model all the same, but ``save_model`` writes its whole state;
+``model.save_pretrained`` writes the adapter.
 """
 
 from __future__ import annotations

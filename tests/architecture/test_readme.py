@@ -72,6 +72,7 @@ def test_readme_commands_run(folder: Path) -> None:
 
 def test_readme_python_runs(folder: Path, make_checkpoint: Callable[..., Path]) -> None:
     """The Python blocks, one after the other in one interpreter, as a reader would type them."""
+    pytest.importorskip("peft")
     blocks = list(_blocks("README.md", "python"))
     assert blocks
     _run(["-c", "\n".join(blocks)], folder)

@@ -19,10 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from peft.tuners.lora import eva as theirs
 from torch import Tensor, nn
 
 import qlora_engine
@@ -34,6 +32,9 @@ from qlora_engine import (
     initialize_lora_eva_weights,
 )
 from qlora_engine.running_pca import RunningPCA
+
+peft = pytest.importorskip("peft")
+theirs = pytest.importorskip("peft.tuners.lora.eva")
 
 RANK = 4
 QUIET: Any = {"show_progress_bar": False}
