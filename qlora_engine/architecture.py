@@ -42,10 +42,15 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class Home:
-    """Which parameter a tensor on disk becomes; ``converted`` when only after fusing or splitting."""
+    """Which parameter a tensor on disk becomes; ``converted`` when only after fusing or splitting.
+
+    Then ``converter`` is transformers' rule, and ``pattern`` the one of its sources that the name matched.
+    """
 
     parameter: str
     converted: bool
+    pattern: str | None = field(default=None, compare=False)
+    converter: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class Architecture:
         rules = get_model_conversion_mapping(self._model)
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
         prefix, state = self.base_prefix or None, self._model.state_dict()
         found = {}
         for key in keys:
@@ -89,7 +95,8 @@ class Architecture:
             if name not in state and key in state:  # named as in memory already
                 name, pattern = key, None
             if name in state:
-                found[key] = Home(name, pattern is not None)
+                rule = None if pattern is None else by_pattern[pattern]
+                found[key] = Home(name, pattern is not None, pattern, rule)
         return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from quant.tensor import QuantizedTensor
 from .architecture import Architecture, ModuleInfo
 from .checkpoint import Checkpoint
 from .errors import InputError
+from .expert_layout import Slab, expert_slabs
 from .loading import NATIVE_METHOD, NATIVE_VERSION, native_specs, newer_than_known
 from .plan import DTYPE_OF_STORED
 from .safetensors_io import FLOAT_DTYPES, TensorEntry
@@ -118,6 +119,7 @@ class DiskBase:
         weights: Parameter name in the model -> what is stored; tied names of one weight have one entry.
         kept: Tensors that belong to no known parameter; they are copied.
         fused: Parameters that are put together from several tensors, or split; they are copied, too.
+        slabs: Where in a stack of experts a tensor belongs, by its name on disk.
         method: "dense", "bnb" or "native".
         dtype: torch's name of the model's dtype.
     """
@@ -129,6 +131,7 @@ class DiskBase:
     fused: frozenset[str]
     method: str
     dtype: str
+    slabs: Mapping[str, Slab] = field(default_factory=dict)
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, architecture: Architecture) -> DiskBase:
@@ -169,7 +172,9 @@ class DiskBase:
             )
             weights[home.parameter] = StoredWeight(name, entries, kind, module, spec, own)
         fused = frozenset(home.parameter for home in homes.values() if home.converted)
-        return cls(checkpoint, architecture, weights, tuple(kept), fused, method, dtype)
+        shapes = {name: entries[name].shape for name, (kind, entries) in groups.items() if kind == "dense"}
+        slabs = expert_slabs(architecture, shapes)
+        return cls(checkpoint, architecture, weights, tuple(kept), fused, method, dtype, slabs)
 
     def tied_with(self, parameter: str) -> set[str]:
         """All names of the parameter that ``parameter`` is, itself included."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,21 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class ModulePart:
-    """What the adapter does to one module.
+    """What the adapter does to one module, or to one bare Parameter of it.
 
     Attributes:
         path: Of the module in the model.
-        A, B: Factors, ``B @ A`` flattened over a kernel; None where only token rows are trained.
+        A, B: Factors, ``B @ A`` flattened over a kernel; None where only token rows are trained. Those of a
+            stack of experts are A (rank * experts, in) and B (out, rank * experts), as PEFT keeps them.
         bias: Of lora_B.
         magnitude: DoRA's.
         scaling: Of the product.
         tokens: Rows that replace those of ``token_indices``.
         embedding: The factors are an embedding's.
+        parameter: Name in the module of what they belong to.
+        as_stored: They came by ``target_parameters``: ``B @ A`` has the shape that the Parameter has.
+        experts: How many matrices the Parameter stacks; 0 where it is none.
+        in_out: Of a stack: its matrices are (in, out), the transposed products.
     """
 
     path: str
@@ -58,11 +63,15 @@ class ModulePart:
     tokens: TensorEntry | None = None
     token_indices: tuple[int, ...] = ()
     embedding: bool = False
+    parameter: str = "weight"
+    as_stored: bool = False
+    experts: int = 0
+    in_out: bool = False
 
     @property
     def rank(self) -> int:
         """Of the factors, 0 without."""
-        return 0 if self.A is None else self.A.shape[0]
+        return 0 if self.A is None else self.A.shape[0] // max(self.experts, 1)
 
 
 @dataclass(frozen=True)
@@ -74,12 +83,15 @@ class DiskAdapter:
         config: Its LoraConfig.
         parts: By module path.
         replaced: Parameter name -> tensor that takes its place (modules_to_save, biases, saved embeddings).
+        unplaced: Tensors by what they are, by module path, of an adapter with ``target_parameters``: to whom
+            they belong only the model tells, see ``placed``. ``parts`` is empty then.
     """
 
     folder: Path
     config: LoraConfig
     parts: dict[str, ModulePart]
     replaced: dict[str, TensorEntry] = field(default_factory=dict)
+    unplaced: dict[str, dict[str, TensorEntry]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> DiskAdapter:
@@ -115,10 +127,57 @@ class DiskAdapter:
             elif path not in replaced or ".modules_to_save." not in key:
                 replaced[path] = entry
         replaced = {name: entry for name, entry in replaced.items() if ".original_module." not in name}
-        parts = {path: _part(config, path, found) for path, found in modules.items()}
-        if not parts and not replaced:
+        if not modules and not replaced:
             raise InputError(f"{weights} holds no tensors")
+        if config.target_parameters:
+            return cls(folder, config, {}, replaced, modules)
+        parts = {path: _part(config, path, found) for path, found in modules.items()}
         return cls(folder, config, parts, replaced)
+
+    def placed(
+        self, parameters: Mapping[str, tuple[int, ...]], is_stored_in_out: Callable[[str], bool]
+    ) -> DiskAdapter:
+        """The adapter with ``parts`` of all that was unplaced; those of Parameters under their own names.
+
+        Several adapted Parameters of one module are wrapped one around the other in the order in which the
+        module has them, and so the keys of the first have most ``base_layer`` in them.
+
+        Args:
+            parameters: Of the model with their shapes, those of a module in its order.
+            is_stored_in_out: Whether the matrices of the stacks in a module (its path) are (in, out).
+
+        Raises:
+            InputError: a Parameter without its factors, factors without a Parameter, or shapes that differ.
+        """
+        if not self.unplaced:
+            return self
+        left, parts = dict(self.unplaced), dict(self.parts)
+        wanted = set(self.config.target_parameters or ())
+        endings = tuple(f".{name}" for name in wanted)
+        owners: dict[str, list[str]] = {}
+        for name in parameters:
+            if name in wanted or name.endswith(endings):
+                path, _, leaf = name.rpartition(".")
+                owners.setdefault(path, []).append(leaf)
+        for path, leaves in owners.items():
+            for depth, leaf in enumerate(reversed(leaves)):
+                key, name = path + ".base_layer" * depth, f"{path}.{leaf}"
+                if key not in left:
+                    raise InputError(
+                        f"{self.folder / ADAPTER_WEIGHTS_FILE} has no factors for '{name}', which "
+                        f"target_parameters={sorted(wanted)} names (they would be '{key}.lora_A.weight')"
+                    )
+                shape = parameters[name]
+                in_out = len(shape) == 3 and is_stored_in_out(path)
+                parts[name] = _parameter_part(self.config, name, left.pop(key), shape, in_out)
+        for path in left:
+            if path.endswith(".base_layer"):
+                raise InputError(
+                    f"{self.folder / ADAPTER_WEIGHTS_FILE} has factors under '{path}', and no Parameter of "
+                    f"the model is in their place: is it an adapter for another model?"
+                )
+        parts |= {path: _part(self.config, path, found) for path, found in left.items()}
+        return replace(self, parts=parts, unplaced={})
 
     def fingerprint_of_base(self) -> str | None:
         """Hash of the codes of the base that it was solved or trained on, if the folder says so."""
@@ -152,12 +211,6 @@ def _read_config(folder: Path) -> LoraConfig:
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
     _check_types(folder / CONFIG_FILE, config)
-    if config.target_parameters:
-        raise InputError(
-            f"{folder} adapts parameters (target_parameters={config.target_parameters}), which are stored "
-            "in other "
-            "shapes on disk than in memory; merge it in Python with merge_and_unload()"
-        )
     init = str(config.init_lora_weights).lower()
     if init.startswith(_CHANGES_BASE):
         raise InputError(
@@ -169,6 +222,9 @@ def _read_config(folder: Path) -> LoraConfig:
 
 def _check_types(path: Path, config: LoraConfig) -> None:
     """The values that merging computes with; the dataclass takes anything."""
+    names = config.target_parameters or []
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path}: target_parameters is {names!r:.60}, not a list of names")
     tokens = config.trainable_token_indices or []
     numbers = {"r": [config.r], "lora_alpha": [config.lora_alpha]}
     for name in ("rank_pattern", "alpha_pattern"):
@@ -186,6 +242,41 @@ def _check_types(path: Path, config: LoraConfig) -> None:
     for rows in tokens.values() if isinstance(tokens, dict) else [tokens]:
         if not isinstance(rows, list) or not all(type(row) is int and 0 <= row < 1 << 31 for row in rows):
             raise InputError(f"{path}: trainable_token_indices is {tokens!r:.60}, not lists of token ids")
+
+
+def _parameter_part(
+    config: LoraConfig, name: str, found: dict[str, TensorEntry], shape: tuple[int, ...], in_out: bool
+) -> ModulePart:
+    """What the adapter does to the Parameter ``name`` of two or three dimensions."""
+    A, B = found.get("A"), found.get("B")
+    if A is None or B is None or set(found) != {"A", "B"} or len(shape) not in (2, 3):
+        entry = next(iter(found.values()))
+        raise InputError(
+            f"{entry.path}: a Parameter of two or three dimensions has a lora_A and a lora_B; '{name}' "
+            f"{shape} has {', '.join(sorted(found))}"
+        )
+    rank = pattern_value(config.rank_pattern, name, config.r, field_name="rank_pattern")
+    alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha, field_name="alpha_pattern")
+    experts = shape[0] if len(shape) == 3 else 0
+    out_features, in_features = reversed(shape[-2:]) if in_out else shape[-2:]
+    total = rank * max(experts, 1)
+    expected = ((total, in_features), (out_features, total))
+    if (A.shape, B.shape) != expected:
+        raise InputError(
+            f"the adapter of '{name}' has A {A.shape} and B {B.shape}; its shape {shape} and rank {rank} "
+            f"need {expected[0]} and {expected[1]}"
+        )
+    path, _, leaf = name.rpartition(".")
+    return ModulePart(
+        path,
+        A=A,
+        B=B,
+        scaling=alpha / (math.sqrt(rank) if config.use_rslora else rank),
+        parameter=leaf,
+        as_stored=True,
+        experts=experts,
+        in_out=in_out,
+    )
 
 
 def _parse(key: str) -> tuple[str, str]:

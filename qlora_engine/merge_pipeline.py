@@ -18,7 +18,8 @@ from .checkpoint import CONFIG_FILE, shard_names, split_shards, write_index
 from .errors import InputError
 from .files import copy_file, read_json_object, rename_into_place, write_json
 from .fingerprint import FINGERPRINT_FILE, Fingerprint, module_digest
-from .merge_plan import Job, MergePlan
+from .merge_job import Job
+from .merge_plan import MergePlan
 from .merge_worker import LazyTensor, MergedLayer, Progress, Worker
 from .options import InitOptions
 from .peak_memory import peak_memory

@@ -13,9 +13,11 @@ from .base_on_disk import DiskBase, StoredWeight
 from .checkpoint import natural_order, parse_size
 from .disk_adapter import DiskAdapter, ModulePart, read_codes_hash
 from .errors import InputError
+from .expert_layout import is_stored_in_out
+from .merge_job import Job
 from .options import DTYPES, choice
-from .plan import STORED_DTYPE
-from .safetensors_io import DTYPE_BITS, FLOAT_DTYPES, TensorEntry
+from .plan import DTYPE_OF_STORED, STORED_DTYPE
+from .safetensors_io import FLOAT_DTYPES, TensorEntry
 
 # Model classes that put a head of their own on a base, by PEFT's task type: transformers' mapping by model
 # type.
@@ -70,51 +72,6 @@ class MergeOptions:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One tensor (or quantised weight) of the result.
-
-    Attributes:
-        name: Of the dense tensor.
-        kind: "copy" (as it is, perhaps in another dtype), "merge", "dequantise" or "quantise".
-        dtype: safetensors' name, of a dense result.
-        shape: Of the dense result.
-        stored: The base's weight, if there is one.
-        entry: The tensor that is copied.
-        part: What the adapter does to it.
-        bias: The weight is a bias: the part adds its own bias and nothing else.
-        spec: Of a quantised result.
-        keep_codes: The base's codes go into the result as they are.
-    """
-
-    name: str
-    kind: str
-    dtype: str
-    shape: tuple[int, ...]
-    stored: StoredWeight | None = None
-    entry: TensorEntry | None = None
-    part: ModulePart | None = None
-    bias: bool = False
-    spec: QuantSpec | None = None
-    keep_codes: bool = False
-
-    @property
-    def numel(self) -> int:
-        """Elements of the dense tensor."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the result (bitsandbytes' small tables not counted)."""
-        if self.kind == "quantise":
-            assert self.spec is not None
-            return self.spec.nbytes(self.numel)
-        return self.numel * DTYPE_BITS[self.dtype] // 8
-
-
-@dataclass(frozen=True)
 class MergePlan:
     """Everything that will be written.
 
@@ -144,7 +101,7 @@ class MergePlan:
     @property
     def largest(self) -> Job:
         """The job that decides how much memory is needed."""
-        return max(self.jobs, key=lambda job: job.numel if job.kind != "copy" else 0)
+        return max(self.jobs, key=lambda job: job.numel_at_once if job.kind != "copy" else 0)
 
 
 def make_merge_plan(base: DiskBase, adapter: DiskAdapter, options: MergeOptions) -> MergePlan:
@@ -159,7 +116,7 @@ def make_merge_plan(base: DiskBase, adapter: DiskAdapter, options: MergeOptions)
     quantised = [job for job in jobs if job.kind == "quantise"]
     return MergePlan(
         base=base,
-        adapter=adapter,
+        adapter=planner.adapter,
         options=options,
         jobs=tuple(sorted(jobs, key=lambda job: natural_order(job.name))),
         save_format=_save_format(quantised),
@@ -183,15 +140,22 @@ class _Planner:
     """Collects jobs, notes and changes of the config."""
 
     def __init__(self, base: DiskBase, adapter: DiskAdapter, options: MergeOptions) -> None:
-        self.base, self.adapter, self.options = base, adapter, options
+        self.base, self.options = base, options
+        self.adapter = adapter = adapter.placed(
+            base.architecture.parameters, lambda path: is_stored_in_out(base.architecture, path)
+        )
+        self.stacked = {slab.parameter for slab in base.slabs.values()}
         self.notes: list[str] = []
         self.config_changes: dict[str, Any] = {}
         self.vocabulary_changed = False
         self.replaced = dict(adapter.replaced)
         for name in self.replaced:
             self._check_replacement(name)
-        self.parts = {self._parameter(path): part for path, part in adapter.parts.items()}
+        self.parts = {self._parameter(path, part): part for path, part in adapter.parts.items()}
         self._compare_fingerprints()
+        for name in self.adapter.config.target_parameters or ():
+            if not any(f".{parameter}".endswith(f".{name}") for parameter in base.architecture.parameters):
+                self._note(f"target_parameters: '{name}' is no Parameter of {base.architecture.class_name}")
 
     # ---- checks
 
@@ -209,26 +173,35 @@ class _Planner:
                 f"{self.base.checkpoint.folder} has no fingerprint and may not be it"
             )
 
-    def _parameter(self, path: str) -> str:
-        """The weight that the module ``path`` has; raises if the adapter does not fit it."""
-        name = f"{path}.weight"
-        parameters = self.base.architecture.parameters
-        if name in self.base.fused:
+    def _parameter(self, path: str, part: ModulePart) -> str:
+        """The parameter, or the tensor on disk, that ``part`` changes; raises if it does not fit there."""
+        name = f"{part.path}.{part.parameter}"
+        architecture, folder = self.base.architecture, self.base.checkpoint.folder
+        parameters = architecture.parameters
+        if name in self.base.fused and name not in self.stacked:
             raise InputError(
-                f"the adapter adapts '{path}', which is put together from several tensors on disk; merge "
-                "it in "
-                "Python with merge_and_unload()"
+                f"the adapter adapts '{name}', which is put together from several tensors on disk in a way "
+                "that is not known here; merge it in Python with merge_and_unload()"
             )
+        if part.as_stored:
+            return name  # its shapes were checked when it was placed
+        if name not in parameters and (home := architecture.homes([name]).get(name)) is not None:
+            if home.parameter in self.stacked and name in self.base.slabs:  # one expert's, as on the disk
+                self._check_shapes(path, self.base.slabs[name].shape(parameters[home.parameter]))
+                return name
+            if home.parameter in self.stacked:
+                raise InputError(
+                    f"{self.adapter.folder} adapts '{path}', one expert of '{home.parameter}', and {folder} "
+                    "has no tensor of that expert alone; load both in Python and merge with "
+                    "merge_and_unload()"
+                )
+            name = home.parameter if not home.converted else name
         if name not in parameters:
-            what = (
-                "is no module with a weight"
-                if any(p.startswith(f"{path}.") for p in parameters)
-                else "is not there"
-            )
+            below = any(p.startswith(f"{path}.") for p in parameters)
+            what = "is no module with a weight" if below else "is not there"
             raise InputError(
-                f"{self.adapter.folder} adapts '{path}', which {what} in "
-                f"{self.base.architecture.class_name} of "
-                f"{self.base.checkpoint.folder}: is it an adapter for another model?"
+                f"{self.adapter.folder} adapts '{path}', which {what} in {architecture.class_name} of "
+                f"{folder}: is it an adapter for another model?"
             )
         self._check_shapes(path, parameters[name])
         return name
@@ -280,12 +253,14 @@ class _Planner:
     def jobs(self) -> list[Job]:
         """All of them, in any order."""
         self._add_heads()
-        jobs = [self._copy(entry.name, entry) for entry in self.base.kept]
+        jobs = [self._kept(entry) for entry in self.base.kept]
         stored = dict(self.base.weights)
         self._untie(stored)
         for name in (*self.parts, *self.replaced):
             if name in stored or self.base.find(name) is not None:
                 continue  # the latter: tied, and stored under its other name
+            if name in self.base.fused or name in self.base.slabs:
+                continue  # tensors of experts, among those that are kept
             if name not in self.replaced:
                 raise InputError(f"{self.base.checkpoint.folder} lacks the tensor '{name}'")
             entry = self.replaced[name]
@@ -295,6 +270,21 @@ class _Planner:
         if lacking := sorted(biases - stored.keys()):
             raise InputError(f"the adapter adds to '{lacking[0]}', and the base has no such bias")
         return jobs
+
+    def _kept(self, entry: TensorEntry) -> Job:
+        """A tensor that is no parameter by itself: an expert's matrix, or something unknown."""
+        slab = self.base.slabs.get(entry.name)
+        part = self.parts.get(entry.name)
+        if part is None and slab is not None:
+            part = self.parts.get(slab.parameter)
+        if part is None:
+            return self._copy(entry.name, entry)
+        dtype = DTYPE_OF_STORED.get(entry.dtype)
+        if dtype is None:
+            raise InputError(
+                f"'{entry.name}' has dtype {entry.dtype}; only {', '.join(FLOAT_DTYPES)} can be merged"
+            )
+        return self._merge(StoredWeight(entry.name, {entry.name: entry}, "dense", None, None, dtype), part)
 
     def _job(self, parameter: str, stored: StoredWeight) -> Job:
         if parameter in self.replaced:
@@ -316,11 +306,21 @@ class _Planner:
         return Job(stored.name, "quantise", "U8", stored.shape, stored=stored, spec=spec, keep_codes=True)
 
     def _merge(self, stored: StoredWeight, part: ModulePart) -> Job:
+        slab = self.base.slabs.get(stored.name)
+        if slab is not None:
+            if self.options.requantize is not None:
+                self._note("stacked experts are merged and stay dense: --requantize is for Linears")
+            slab = slab if part.experts else None
+            return Job(stored.name, "merge", self._dtype(stored), stored.shape, stored, part=part, slab=slab)
         linear = stored.module is not None and stored.module.kind in ("linear", "conv1d")
         if self.options.requantize is not None and part.A is not None and (linear or stored.is_quantised):
             spec = self.options.spec
             return Job(stored.name, "quantise", "U8", stored.shape, stored=stored, part=part, spec=spec)
         return Job(stored.name, "merge", self._dtype(stored), stored.shape, stored=stored, part=part)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
     def _copy(self, name: str, entry: TensorEntry, dtype: str | None = None) -> Job:
         if entry.dtype not in FLOAT_DTYPES:
@@ -353,9 +353,7 @@ class _Planner:
                     source, name=name, entries={name: source.entries[source.name]}
                 )
             self.config_changes["tie_word_embeddings"] = False
-            note = "the adapter changes the embedding or the head alone: they are not tied in the result"
-            if note not in self.notes:
-                self.notes.append(note)
+            self._note("the adapter changes the embedding or the head alone: they are not tied in the result")
 
     def _moves_together(self, parameter: str, group: set[str]) -> bool:
         """Whether the tie holds after the merge: token rows and tied adapters go to all members alike."""

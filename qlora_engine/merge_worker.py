@@ -16,7 +16,9 @@ from quant.tensor import QuantizedTensor, quantize
 
 from .disk_adapter import ModulePart
 from .errors import InputError
-from .merge_plan import Job, MergePlan
+from .expert_merge import StackFactors, expert_entry
+from .merge_job import Job
+from .merge_plan import MergePlan
 from .requantize import measure
 from .safetensors_io import TORCH_DTYPES, DenseTensor
 from .serialise import round_to
@@ -94,9 +96,39 @@ class Worker:
     def __init__(self, plan: MergePlan, progress: Progress | None) -> None:
         self.plan, self.progress = plan, progress
         self.records: list[MergedLayer] = []
+        self._factors = StackFactors()
+
+    def pieces(self, job: Job) -> Iterator[Tensor]:
+        """The result of a "merge" or "dequantise" job, in its dtype; of a stack of experts one by one."""
+        if job.slab is None:
+            yield self.dense(job)
+        else:
+            yield from self._experts(job)
+
+    def _experts(self, job: Job) -> Iterator[Tensor]:
+        """The experts of a "merge" job, or the one that the tensor is."""
+        began = time.perf_counter()
+        part, slab, stored = job.part, job.slab, job.stored
+        assert part is not None
+        assert slab is not None
+        assert stored is not None
+        entry = stored.entries[stored.name]
+        size = added = 0.0
+        for expert in range(part.experts) if slab.expert is None else [slab.expert]:
+            own = entry if slab.expert is not None else expert_entry(entry, expert)
+            weight = own.read().float()
+            left, right = self._factors.of(part, slab, expert)
+            size += torch.linalg.vector_norm(weight, dtype=torch.float64).item() ** 2
+            gram = (left.double().t() @ left.double()) * (right.double() @ right.double().t())
+            added += max(gram.sum().item(), 0.0)
+            weight.addmm_(left, right, alpha=part.scaling)
+            self._check(job, weight)
+            yield round_to(weight, TORCH_DTYPES[job.dtype], job.name)
+        delta = _ratio(abs(part.scaling) * math.sqrt(added), math.sqrt(size))
+        self.note(MergedLayer(job.name, job.shape, delta, job.dtype, seconds=time.perf_counter() - began))
 
     def dense(self, job: Job) -> Tensor:
-        """The result of a "merge" or "dequantise" job, in its dtype."""
+        """The result of a "merge" or "dequantise" job of an ordinary weight, in its dtype."""
         began = time.perf_counter()
         assert job.stored is not None
         before = job.stored.read()
@@ -157,6 +189,8 @@ class Worker:
 
 
 def _is_transposed(job: Job) -> bool:
+    if job.part is not None and job.part.as_stored:
+        return False
     module = job.stored.module if job.stored is not None else None
     embedding = job.part is not None and job.part.embedding
     return embedding or (module is not None and module.kind == "conv1d")
@@ -195,4 +229,5 @@ class LazyTensor:
 
     def chunks(self) -> Iterator[memoryview]:
         """Compute it and give its bytes."""
-        yield from DenseTensor(self.job.name, self.worker.dense(self.job)).chunks()
+        for piece in self.worker.pieces(self.job):
+            yield from DenseTensor(self.job.name, piece).chunks()

@@ -107,7 +107,7 @@ def describe(plan: MergePlan) -> str:
         f"{kinds['dequantise']}",
         f"  {human_bytes(plan.base.checkpoint.nbytes)} become "
         f"{human_bytes(sum(job.nbytes for job in plan.jobs))} ({plan.save_format}, {plan.dtype})",
-        f"  largest weight {plan.largest.name}, {human_bytes(4 * plan.largest.numel)} in float32",
+        f"  largest weight {plan.largest.name}, {human_bytes(4 * plan.largest.numel_at_once)} in float32",
     ]
     return "\n".join(lines)
 

@@ -367,7 +367,6 @@ BAD: list[tuple[str, Callable[[Path], Any], str]] = [
         lambda f: spoil_config(f, init_lora_weights="pissa"),
         "initialised by pissa, which changed its base",
     ),
-    ("parameters", lambda f: spoil_config(f, target_parameters=["x"]), "adapts parameters"),
     ("no magnitude", lambda f: spoil_config(f, use_dora=True), "has no DoRA magnitude"),
     (
         "key twice",
