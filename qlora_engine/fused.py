@@ -45,12 +45,17 @@ def on_gpu(x: Tensor) -> bool:
     return x.device.type == "cuda"
 
 
+def wanted(x: Tensor) -> bool:
+    """Whether fused functions are switched on, and worth it for ``x``, and nothing is being compiled."""
+    return _switch["on"] and on_gpu(x) and not torch.compiler.is_compiling()
+
+
 def applies(layer: Any, adapters: Sequence[str], x: Tensor) -> bool:
     """Whether ``lora_linear`` computes what a LoRA layer's forward does, and is worth it.
 
     On a CPU the unfused path is kept, whose products in the adapter's own dtype equal PEFT's to the last bit.
     """
-    if not _switch["on"] or not on_gpu(x) or torch.compiler.is_compiling() or len(adapters) != 1:
+    if not wanted(x) or len(adapters) != 1:
         return False
     adapter, base = adapters[0], layer.get_base_layer()
     return (

@@ -4,7 +4,8 @@
 modules with ``q_proj``, ``k_proj`` and ``v_proj``, all of them LoRA layers on quantised weights, and runs
 each as one autograd function on CUDA, without touching the model's source. Where a call does not fit (several
 adapters, DoRA, dropout in training, hooks, torch.compile, a CPU), the module's own forward runs.
-``disable(model)`` undoes it; do so before pickling the model.
+``disable(model)`` undoes it; do so before pickling the model. RMSNorms and rotary embeddings are switched
+with them (``fused_norms``).
 
 The factors are a few columns more of the same products, not passes of their own over the activations:
 ``x W^T + s (x A^T) B^T = [x, x A^T] [W, s B]^T`` and ``dy W + dh A = [dy, dh] [W; A]``.
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from quant.linear_op import Weight, decoded, times, using_workspace, workspace
 
-from . import fused
+from . import fused, fused_norms
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -42,12 +43,16 @@ class Part(NamedTuple):
     scaling: float
 
 
-def enable(model: nn.Module) -> int:
+def enable(model: nn.Module, *, norms: bool = True) -> int:
     """Run what can be run together as one function; returns how many modules were switched.
 
     Idempotent. ``qlora_engine.fused.set_fused(False)`` switches all of it off for the process.
+
+    Args:
+        model: With adapters attached.
+        norms: RMSNorms and rotary embeddings, too.
     """
-    switched = 0
+    switched = fused_norms.enable(model) if norms else 0
     for module in model.modules():
         if _has_lora(module, _MLP) and _is_silu(module) and "forward" not in module.__dict__:
             module.forward = types.MethodType(_mlp_forward, module)
@@ -64,7 +69,7 @@ def enable(model: nn.Module) -> int:
 
 def disable(model: nn.Module) -> int:
     """Undo ``enable``; returns how many modules were switched back."""
-    switched = 0
+    switched = fused_norms.disable(model)
     for module in model.modules():
         forward = module.__dict__.get("forward")
         if getattr(forward, "__func__", None) is _mlp_forward:

@@ -107,8 +107,8 @@ def test_enable_changes_nothing_but_the_path(llama, monkeypatch: pytest.MonkeyPa
     finally:
         fused.set_fused(True)
     layers = llama.config.num_hidden_layers
-    assert fused_blocks.enable(llama) == 2 * layers
-    assert fused_blocks.enable(llama) == 0
+    assert fused_blocks.enable(llama, norms=False) == 2 * layers
+    assert fused_blocks.enable(llama, norms=False) == 0
     calls = {"mlp": 0, "qkv": 0}
     for name, target in (("mlp", "swiglu_mlp"), ("qkv", "shared_input")):
         real = getattr(fused_blocks, target)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
-from qlora_engine import LoftQConfig, LoraConfig, fused, fused_blocks, get_peft_model
+from qlora_engine import LoftQConfig, LoraConfig, fused, fused_blocks, fused_norms, get_peft_model
 
 
 def build() -> Any:
@@ -46,14 +46,14 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def calls_of(name: str, counts: dict[str, int]) -> None:
-    real = getattr(fused_blocks, name)
+def calls_of(owner: Any, name: str, counts: dict[str, int]) -> None:
+    real = getattr(owner, name)
 
     def counted(*args: Any) -> Any:
         counts[name] = counts.get(name, 0) + 1
         return real(*args)
 
-    setattr(fused_blocks, name, counted)
+    setattr(owner, name, counted)
 
 
 def worker(rank: int, folder: str) -> None:
@@ -69,10 +69,12 @@ def worker(rank: int, folder: str) -> None:
     want = gradients(model)
     model.zero_grad()
     fused.set_fused(True)
-    assert fused_blocks.enable(model) == 4
+    assert fused_blocks.enable(model) == 4 + 5 + 2  # blocks, norms, rotary embeddings
     counts: dict[str, int] = {}
-    calls_of("swiglu_mlp", counts)
-    calls_of("shared_input", counts)
+    calls_of(fused_blocks, "swiglu_mlp", counts)
+    calls_of(fused_blocks, "shared_input", counts)
+    calls_of(fused_norms, "rms_norm", counts)
+    calls_of(fused_norms, "rotary", counts)
     ids = halves()[rank]
     sharded = copy.deepcopy(model)
 
@@ -87,7 +89,7 @@ def worker(rank: int, folder: str) -> None:
     sharded(input_ids=ids, labels=ids).loss.backward()
     compare(gradients(sharded), want)
     # two layers, run once and once more to recompute, under DDP and under FSDP2
-    assert counts == {"swiglu_mlp": 8, "shared_input": 8}
+    assert counts == {"swiglu_mlp": 8, "shared_input": 8, "rotary": 8, "rms_norm": 16 + 2}
     dist.destroy_process_group()
 
 
