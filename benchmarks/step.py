@@ -7,8 +7,11 @@
 Random weights, the same for all, NF4 with nested scales, rank 16 on every Linear but the head, AdamW.
 "recipe" is PEFT as tutorials have it: prepare_model_for_kbit_training, which makes what is not quantised
 float32, and autocast. "tuned" leaves everything in bfloat16, the factors too. Ours has float32 factors under
-autocast, as qlora-finetune has. "auto" checkpoints as few layers as fit into the peak memory that tuned took
-with all of its layers checkpointed. Nothing is reported unless the losses before the first step agree.
+autocast, as qlora-finetune has; "norms apart" leaves RMSNorms and rotary embeddings as transformers has them;
+"graphs" replays the layers from CUDA graphs. "auto" checkpoints as few layers as fit into the peak memory
+that tuned took with all of its layers checkpointed. Nothing is reported unless the losses before the first
+step agree.
+--profile prints what a step's kernels take, by name, of every variant, to stderr.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from quant.tensor import quantize
 
 SPEC = QuantSpec("nf4", 64, True)
 AGREE = 0.02  # nats: nested scales are rounded otherwise by bitsandbytes, and the dtypes differ
+VARIANTS = ("recipe", "tuned", "ours", "ours, norms apart", "ours, graphs", "ours, graphs, norms apart")
 Row = dict[str, Any]
 
 
@@ -112,8 +116,15 @@ def lora(case: Case) -> dict[str, Any]:
     }
 
 
-def ours(case: Case, recomputed: int, offload: tuple[str, ...] = (), *, replayed: bool = False) -> Any:
-    """This project's layers, as qlora-finetune sets them up."""
+def ours(
+    case: Case,
+    recomputed: int,
+    offload: tuple[str, ...] = (),
+    *,
+    replayed: bool = False,
+    norms: bool = True,
+) -> Any:
+    """This project's layers, as qlora-finetune sets them up, which fuses the ``norms``."""
     from qlora_engine import LoraConfig, fused_blocks, get_peft_model
     from qlora_engine.training import graphs, host, recompute
     from qlora_engine.training.loss import use_chunked_loss
@@ -132,7 +143,7 @@ def ours(case: Case, recomputed: int, offload: tuple[str, ...] = (), *, replayed
         if "activations" in offload:
             host.activations_to_host(model)
     if case.device == "cuda":
-        fused_blocks.enable(model)
+        fused_blocks.enable(model, norms=norms)
     if replayed:
         graphs.enable(model, "on")
     return model
@@ -172,8 +183,13 @@ def peft(case: Case, recomputed: int, *, recipe: bool) -> Any:
     return model.train()
 
 
-def measure(case: Case, model: Any, batch: int, *, autocast: bool, repeats: int) -> Row:
-    """Median milliseconds of a step after three unmeasured ones, tokens a second, peak MiB on a GPU."""
+def measure(
+    case: Case, model: Any, batch: int, *, autocast: bool, repeats: int, profiled: str | None = None
+) -> Row:
+    """Median milliseconds of a step after three unmeasured ones, tokens a second, peak MiB on a GPU.
+
+    ``profiled`` is the heading over the kernels of one step more, printed to stderr; None: no such step.
+    """
     on_gpu = case.device == "cuda"
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(case.vocabulary, (batch, case.length), generator=generator).to(case.device)
@@ -182,29 +198,59 @@ def measure(case: Case, model: Any, batch: int, *, autocast: bool, repeats: int)
     half = torch.autocast(case.device, dtype=torch.bfloat16) if autocast and on_gpu else None
     first: float | None = None
     times: list[float] = []
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with half or contextlib.nullcontext():
+            loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
     for turn in range(3 + repeats):
         if on_gpu:
             torch.cuda.synchronize()
             if turn == 0:
                 torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        with half or contextlib.nullcontext():
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
+        loss = step()
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-        first = float(loss.detach()) if first is None else first
+        first = float(loss) if first is None else first
     seconds = statistics.median(times[3:])
-    return {
+    found = {
         "ms": seconds * 1e3,
         "tok/s": batch * case.length / seconds,
         "peak MiB": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None,
         "reserved MiB": torch.cuda.max_memory_reserved() / 2**20 if on_gpu else None,
         "first loss": first,
     }
+    if profiled is not None:
+        kernels(step, profiled)
+    return found
+
+
+def kernels(step: Callable[[], Tensor], heading: str, most: int = 30) -> None:
+    """Print what one ``step`` takes, by kernel on a GPU and by operator on a CPU, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = [event for event in profiler.key_averages() if getattr(event, field) > 0]
+    events.sort(key=lambda event: -float(getattr(event, field)))
+    total = sum(float(getattr(event, field)) for event in events) / 1e3
+    count = sum(int(event.count) for event in events)
+    print(f"\n{heading}: {total:.1f} ms in {count} calls", file=sys.stderr)
+    for event in events[:most]:
+        line = f"{float(getattr(event, field)) / 1e3:9.3f} ms {event.count:6d}  {event.key[:140]}"
+        print(line, file=sys.stderr)
+    rest = sum(float(getattr(event, field)) for event in events[most:]) / 1e3
+    print(f"{rest:9.3f} ms in the other {max(0, len(events) - most)}", file=sys.stderr, flush=True)
 
 
 def forget() -> None:
@@ -214,7 +260,9 @@ def forget() -> None:
         torch.cuda.empty_cache()
 
 
-def compare(case: Case, batches: list[int], variants: list[str], repeats: int) -> list[Row]:
+def compare(
+    case: Case, batches: list[int], variants: list[str], repeats: int, *, profiled: bool = False
+) -> list[Row]:
     """Every variant at every batch, all layers checkpointed or none; then ours at tuned's memory."""
     from qlora_engine.training import recompute
 
@@ -224,15 +272,25 @@ def compare(case: Case, batches: list[int], variants: list[str], repeats: int) -
             makers: dict[str, Callable[[], Any]] = {
                 "recipe": lambda n=recomputed: peft(case, n, recipe=True),
                 "tuned": lambda n=recomputed: peft(case, n, recipe=False),
+                "ours, norms apart": lambda n=recomputed: ours(case, n, norms=False),
                 "ours": lambda n=recomputed: ours(case, n),
+                "ours, graphs, norms apart": lambda n=recomputed: ours(case, n, replayed=True, norms=False),
                 "ours, graphs": lambda n=recomputed: ours(case, n, replayed=True),
             }
             here: dict[str, Row] = {}
             for name in variants:
-                if case.device == "cpu" and name == "ours, graphs":
+                if case.device == "cpu" and "graphs" in name:
                     continue
                 model = makers[name]()
-                found = measure(case, model, batch, autocast=name != "tuned", repeats=repeats)
+                heading = f"{name}, batch {batch}, {recomputed} of {case.layers} layers checkpointed"
+                found = measure(
+                    case,
+                    model,
+                    batch,
+                    autocast=name != "tuned",
+                    repeats=repeats,
+                    profiled=heading if profiled else None,
+                )
                 del model
                 forget()
                 what = {"what": name, "checkpointing": "on" if recomputed else "off", "batch": batch}
@@ -298,19 +356,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="small dimensions on the CPU, to try the code")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of a sequence, with --full")
-    parser.add_argument("--variants", nargs="+", default=["recipe", "tuned", "ours", "ours, graphs"])
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["recipe", "tuned", "ours", "ours, graphs"],
+        help=f"of {', '.join(map(repr, VARIANTS))}",
+    )
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a step to stderr")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     if not arguments.tiny and not torch.cuda.is_available():
         print("needs a CUDA GPU; --tiny tries the code on a CPU", file=sys.stderr)
         return 2
+    if unknown := set(arguments.variants) - set(VARIANTS):
+        allowed = ", ".join(map(repr, VARIANTS))
+        print(f"--variants {' '.join(sorted(unknown))}; allowed: {allowed}", file=sys.stderr)
+        return 2
     case = TINY if arguments.tiny else Case(layers=32 if arguments.full else 8)
     if arguments.full:
         lengths = arguments.lengths or ([64, 128] if arguments.tiny else [2048, 8192])
         rows = full(case, lengths, arguments.repeats)
     else:
-        rows = compare(case, arguments.batches, arguments.variants, arguments.repeats)
+        rows = compare(
+            case, arguments.batches, arguments.variants, arguments.repeats, profiled=arguments.profile
+        )
     print(table(rows))
     if arguments.json:
         save(arguments.json, command=["python", "-m", "benchmarks.step", *(argv or sys.argv[1:])], rows=rows)
