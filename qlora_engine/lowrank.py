@@ -205,11 +205,9 @@ def _orthogonalised(X: Tensor) -> Tensor:
     lets the factorisation pass for dependent columns, too, without asking the device whether it did.
     """
     double_X = X.double()
-    gram = double_X.mT @ double_X  # (..., k, k)
-    length = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    inverse = torch.where(length > 0, 1 / length, 0)  # (..., k)
-    unit = gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
-    identity = torch.eye(X.shape[-1], dtype=torch.float64, device=X.device)
-    L, _ = torch.linalg.cholesky_ex(unit + 1e-13 * identity)
-    L_inverse = torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False)
-    return (double_X @ (L_inverse.mT * inverse.unsqueeze(-1))).float()
+    length = torch.linalg.vector_norm(double_X, dim=-2, keepdim=True)  # (..., 1, k)
+    unit = double_X / torch.where(length > 0, length, 1)  # columns of zeros stay
+    gram = unit.mT @ unit
+    gram.diagonal(dim1=-2, dim2=-1).add_(1e-13)
+    L, _ = torch.linalg.cholesky_ex(gram)
+    return torch.linalg.solve_triangular(L.mT, unit, upper=True, left=False).float()

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def gptq(target: Tensor, grid: Grid, metric: Tensor | Feedback) -> Tensor:
         base = anchor = ordered[start:stop]
         if start:
             base = torch.addmm(anchor, factor[:start, start:stop].T, errors[:start])
-        block_codes, values = rounder(columns, base, anchor, factor[start:stop, start:stop])
+        block_codes, values = rounder(rounder.steps(columns), base, anchor, factor[start:stop, start:stop])
         codes[columns] = block_codes
         errors[start:stop] = anchor - values
     return codes
@@ -158,20 +159,22 @@ class _Descent:
         self._alive = diagonal > 0
         self._inverse = torch.where(self._alive, 1 / diagonal, torch.zeros_like(diagonal))
         self._rounder = _Rounder(grid)
-        self._columns = torch.arange(target.shape[0], device=target.device)
+        columns = torch.arange(target.shape[0], device=target.device)
+        # the same in every sweep
+        self._steps = [self._rounder.steps(block) for block in columns.split(BLOCK_COLUMNS)]
 
     def sweep(self, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
         """One pass over all columns; returns by how much every row's objective has changed, (out,)."""
         change = torch.zeros_like(self.errors[0])
-        for start in range(0, len(self._columns), BLOCK_COLUMNS):
-            block = slice(start, start + BLOCK_COLUMNS)
+        for number, steps in enumerate(self._steps):
+            block = slice(number * BLOCK_COLUMNS, (number + 1) * BLOCK_COLUMNS)
             old, inverse = self.values[block], self._inverse[block]
             pull = self._metric[block] @ self.errors  # (n, out): (E M)_c as the block begins
             base = torch.addcmul(old, pull, inverse[:, None])
             square = self._metric[block, block]
             feedback = square * inverse
             codes, values = self._rounder(
-                self._columns[block], base, old, feedback, temperature=temperature, generator=generator
+                steps, base, old, feedback, temperature=temperature, generator=generator
             )
             alive = self._alive[block, None]
             self.codes[block] = torch.where(alive, codes, self.codes[block])
@@ -184,8 +187,16 @@ class _Descent:
         return change
 
 
+class _Steps(NamedTuple):
+    """Of every element of some columns, each (n, out): the scale, its inverse (0 where it is 0), the zero."""
+
+    scales: Tensor
+    inverse: Tensor
+    zeros: Tensor | None
+
+
 class _Rounder:
-    """Prepares a block of columns for :func:`_sweep_columns`: sorted levels, scales and their inverses."""
+    """Rounds blocks of columns on one grid, whose levels it has in order."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
@@ -195,9 +206,14 @@ class _Rounder:
         self.code_of = self.code_of.to(torch.uint8)
         self.distance = (self.levels[-1] - self.levels[0]) / len(self.midpoints)
 
+    def steps(self, columns: Tensor) -> _Steps:
+        """Scales and zeros of some columns, (n,) int64."""
+        scales, zeros = self.grid.columns(columns)
+        return _Steps(scales, torch.where(scales == 0, 0, 1 / scales), zeros)
+
     def __call__(
         self,
-        columns: Tensor,
+        steps: _Steps,
         base: Tensor,
         anchor: Tensor,
         feedback: Tensor,
@@ -205,22 +221,19 @@ class _Rounder:
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        scales, zeros = self.grid.columns(columns)
+        """Codes uint8 and values float32, (n, out)."""
         if temperature > 0:
             noise = torch.randn(base.shape, generator=generator, device=base.device).mul_(self.distance)
-            base = torch.addcmul(base, noise, scales, value=temperature)
-        inverse = torch.where(scales == 0, torch.zeros_like(scales), 1 / scales)
+            base = torch.addcmul(base, noise, steps.scales, value=temperature)
         ranks, values = _sweep_columns(
             base.contiguous(),
             anchor.contiguous(),
             feedback.contiguous(),
-            scales,
-            inverse,
-            zeros,
+            *steps,
             self.levels,
             self.midpoints,
         )
-        return self.code_of[ranks.long()], values
+        return self.code_of[ranks], values
 
 
 def _sweep_columns(
