@@ -292,16 +292,31 @@ def test_the_negative_scales_survive_their_backend():
     assert torch.equal(q.dequantize_rows(3, 60, backend="bnb"), out[3:60])
 
 
+def at_a_threshold(w, q):
+    """Where a value over its scale is within four float32 roundings of a threshold, (numel,)."""
+    unit = w.float().flatten() / q.scales.repeat_interleave(64)
+    thresholds = tables(q.spec.fmt, unit.device).thresholds
+    nearest = (unit[:, None] - thresholds).abs().amin(1)
+    return nearest <= 4 * torch.finfo(torch.float32).eps * unit.abs()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["auto", "lookup", "reference", "bnb"])
 def test_cuda_agrees_with_the_cpu(dtype, backend):
-    """NF4 by bytes; FP4 by value: on CUDA bitsandbytes swaps the zeros and breaks ties the other way."""
+    """NF4 by bytes; FP4 by value: on CUDA bitsandbytes swaps the zeros and breaks ties the other way.
+
+    Its CUDA kernels multiply by the reciprocal of the scale, which is infinite for a denormal one, where its
+    CPU's and ours divide: values within rounding of a threshold may go to the other side.
+    """
     w = weights((64, 1024), "nf4", dtype)
     q = quantize(w, QuantSpec("nf4"))
     found = quantize(w.cuda(), QuantSpec("nf4"), backend=backend)
-    nonzero = (q.scales != 0).repeat_interleave(64)
-    assert torch.equal(found.unpacked_codes().cpu()[nonzero], q.unpacked_codes()[nonzero])
+    decided = (q.scales != 0).repeat_interleave(64)
+    if backend == "bnb":
+        decided &= ~at_a_threshold(w, q) & (q.scales > torch.finfo(torch.float32).tiny).repeat_interleave(64)
+    assert decided.float().mean() > 0.99
+    assert torch.equal(found.unpacked_codes().cpu()[decided], q.unpacked_codes()[decided])
     assert torch.equal(found.scales.cpu(), q.scales)
     for rule in ("absmax", "signed-mse"):
         for nested in (False, True):
@@ -309,7 +324,9 @@ def test_cuda_agrees_with_the_cpu(dtype, backend):
             on_gpu = stored.to("cuda").dequantize(backend=backend)
             assert torch.equal(on_gpu.cpu(), stored.dequantize())
     w = torch.randn(64, 1024).to(dtype)
-    expected = quantize(w, QuantSpec("fp4")).dequantize(torch.float32)
-    assert torch.equal(
-        quantize(w.cuda(), QuantSpec("fp4"), backend=backend).dequantize(torch.float32).cpu(), expected
-    )
+    q = quantize(w, QuantSpec("fp4"))
+    decided = at_a_threshold(w, q).logical_not().view(w.shape)
+    got = quantize(w.cuda(), QuantSpec("fp4"), backend=backend).dequantize(torch.float32).cpu()
+    if backend != "bnb":
+        decided |= True
+    assert torch.equal(got[decided], q.dequantize(torch.float32)[decided])
