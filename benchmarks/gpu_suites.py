@@ -9,6 +9,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def suite_checkpoint() -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
         source = Path(scratch) / "model"
         began = time.perf_counter()
-        size = synthetic_checkpoint(source)
+        size = synthetic_checkpoint(source, speed.SIZES)
         written = time.perf_counter() - began
         checkpoint = Checkpoint.open(source)
         architecture = read_architecture(source, checkpoint.config)
@@ -178,11 +179,67 @@ def suite_checkpoint() -> list[Row]:
     ]
 
 
-def synthetic_checkpoint(folder: Path) -> int:
-    """A Llama of the suite's sizes with random bf16 weights, a shard a layer; bytes written."""
+def suite_recipe() -> list[Row]:
+    """The calibrated recipe with one round, rank 16, NF4; Llama-3-8B's time from two of its layers."""
+    from qlora_engine.architecture import read_architecture
+    from qlora_engine.calibration import calibrate
+    from qlora_engine.checkpoint import Checkpoint
+    from qlora_engine.options import InitOptions
+    from qlora_engine.plan import make_plan
+    from qlora_engine.solve import SolvedLayer, solve_layer
+
+    tiny = speed.SIZES is speed.TINY
+    small = replace(speed.SIZES, hidden=576, width=1536, kv=192, head=64, layers=30, vocabulary=2048)
+    large = replace(speed.SIZES, layers=2, vocabulary=2048)
+    models = {"SmolLM2-135M": (small, 30), "Llama-3-8B": (large, 32)}
+    if tiny:
+        models = {"tiny": (speed.SIZES, speed.SIZES.layers)}
+    device = torch.device(speed.device(), 0) if speed.device() == "cuda" else torch.device("cpu")
+    rows: list[Row] = []
+    for name, (sizes, layers) in models.items():
+        with tempfile.TemporaryDirectory(prefix="recipe-") as scratch:
+            source = Path(scratch) / "model"
+            synthetic_checkpoint(source, sizes)
+            checkpoint = Checkpoint.open(source)
+            architecture = read_architecture(source, checkpoint.config)
+            rank = 4 if tiny else speed.RANK
+            options = InitOptions(method="recipe-fast", scales="signed-mse", rank=rank)
+            plan = make_plan(checkpoint, architecture, options)
+            generator = torch.Generator().manual_seed(0)
+            length = 64 if tiny else 1024
+            windows = [torch.randint(sizes.vocabulary, (length,), generator=generator) for _ in range(16)]
+            calibration = calibrate(source, windows, [layer.path for layer in plan.layers], device=device)
+            for attempt in ("first", "again"):
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                synchronize()
+                began = time.perf_counter()
+                by_shape: dict[str, list[SolvedLayer]] = {}
+                for layer in plan.layers:
+                    solved = solve_layer(plan, layer, layer.entry.read(), device, calibration)
+                    by_shape.setdefault("x".join(map(str, solved.report.shape)), []).append(solved)
+                synchronize()
+                took = time.perf_counter() - began
+                line: Row = {
+                    "suite": "recipe",
+                    "what": name,
+                    "run": attempt,
+                    "solved": len(plan.layers),
+                    "s": took,
+                }
+                line["whole model s"] = took * layers / sizes.layers
+                if device.type == "cuda":
+                    line["MiB"] = round(torch.cuda.max_memory_allocated() / 2**20)
+                means = {shape: sum(s.report.seconds for s in of) / len(of) for shape, of in by_shape.items()}
+                line["ms by shape"] = ", ".join(f"{shape} {mean * 1e3:.0f}" for shape, mean in means.items())
+                rows.append(line)
+    return rows
+
+
+def synthetic_checkpoint(folder: Path, sizes: speed.Sizes) -> int:
+    """A Llama of these sizes with random bf16 weights, a shard a layer; bytes written."""
     from safetensors.torch import save_file
 
-    sizes = speed.SIZES
     hidden, width, kv, vocabulary = sizes.hidden, sizes.width, sizes.kv, sizes.vocabulary
     config = {
         "architectures": ["LlamaForCausalLM"],

@@ -396,7 +396,7 @@ SUITES: dict[str, Callable[[], list[Row]]] = {
     "mlp": suite_mlp,
     "qkv": suite_qkv,
     "solver": suite_solver,
-    **{name: _extra(name) for name in ("small", "fp8", "group", "checkpoint")},
+    **{name: _extra(name) for name in ("small", "fp8", "group", "checkpoint", "recipe")},
 }
 
 

@@ -29,6 +29,7 @@ ESTIMATES = {
     "small": 70,
     "fp8": 40,
     "checkpoint": 160,
+    "recipe": 90,
     "linear": 20,
     "qkv": 25,
     "solver": 60,
