@@ -74,7 +74,7 @@ def test_the_synthetic_checkpoint_is_one(tmp_path: Path) -> None:
     from qlora_engine import from_pretrained
 
     with speed.sized(True):
-        size = gpu_suites.synthetic_checkpoint(tmp_path / "model")
+        size = gpu_suites.synthetic_checkpoint(tmp_path / "model", speed.SIZES)
     files = list((tmp_path / "model").glob("*.safetensors"))
     assert len(files) == speed.TINY.layers + 1
     assert size < sum(file.stat().st_size for file in files) < size + 5000 * len(files)
