@@ -59,9 +59,6 @@ def test_two_processes_train_as_one(
     alone: Path,
     tmp_path: Path,
 ) -> None:
-    from peft import PeftModel, get_peft_model_state_dict
-    from transformers import AutoModelForCausalLM
-
     output = tmp_path / "adapter"
     options = (*STEPS, *EVERY, "--batch-size", 2, "--recompute", 1, "--sample", "3 plus one is", *how)
     status, out, err = finish(torchrun(quantised, "--data", rows, "--output", output, *options))
@@ -81,11 +78,6 @@ def test_two_processes_train_as_one(
         json.loads((path / "quantization_fingerprint.json").read_text()) for path in (output, alone)
     ]
     assert fingerprints[0]["codes_sha256"] == fingerprints[1]["codes_sha256"]
-    # PEFT reads what was trained
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(quantised), str(output))
-    read = get_peft_model_state_dict(model)
-    assert read.keys() == mine.keys()
-    assert all(torch.equal(read[name].float(), mine[name]) for name in mine)
 
 
 @pytest.mark.slow

@@ -50,11 +50,12 @@ def weight_of(tensors: dict[str, Tensor], path: str) -> Tensor:
 def load_stock(out: Path) -> tuple[Any, Any, dict[str, Any]]:
     """The model and its PEFT model as a user of transformers, bitsandbytes and peft loads them."""
     import transformers
-    from peft import PeftModel
 
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
     name = json.loads((out / "config.json").read_text())["architectures"][0]
     model, info = getattr(transformers, name).from_pretrained(out, output_loading_info=True)
-    return model, PeftModel.from_pretrained(model, out / "loftq_init", is_trainable=True), info
+    return model, peft.PeftModel.from_pretrained(model, out / "loftq_init", is_trainable=True), info
 
 
 def product(layer: Any) -> Tensor:
@@ -68,9 +69,9 @@ def product(layer: Any) -> Tensor:
 
 def dense_weight(base: Any) -> Tensor:
     """The weight of a base layer as PEFT sees it, (out, in)."""
-    import bitsandbytes as bnb
     from transformers.pytorch_utils import Conv1D
 
+    bnb = pytest.importorskip("bitsandbytes")
     if isinstance(base, bnb.nn.Linear4bit):
         return bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).float()
     return base.weight.float().T if isinstance(base, Conv1D) else base.weight.float()
@@ -104,8 +105,7 @@ def check_stock(out: Path, source: Path) -> RunReport:
 
 
 def linear4bit(model: Any) -> dict[str, Any]:
-    import bitsandbytes as bnb
-
+    bnb = pytest.importorskip("bitsandbytes")
     return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
 
 
@@ -191,8 +191,7 @@ def test_saved_codes_are_what_bitsandbytes_makes_of_the_solved_base(
     tmp_path: Path, make_checkpoint: MakeCheckpoint
 ) -> None:
     """Quantising the dequantised base again with bitsandbytes itself gives the bytes that were written."""
-    import bitsandbytes.functional as F
-
+    F = pytest.importorskip("bitsandbytes.functional")
     source = make_checkpoint("llama", dtype=torch.float32, **WIDE["llama"])
     assert invoke(source, tmp_path / "out", "--rank", 4).code == 0
     tensors = load_file(tmp_path / "out" / "model.safetensors")
@@ -469,7 +468,7 @@ def test_rows_that_bitsandbytes_misreads_on_a_cpu_are_noted(
     tmp_path: Path, make_checkpoint: MakeCheckpoint
 ) -> None:
     """The files are right, as bitsandbytes' portable code shows; its CPU kernel is not: a note says so."""
-    import bitsandbytes as bnb
+    bnb = pytest.importorskip("bitsandbytes")
     from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 
     source = make_checkpoint("llama")  # rows of 96
@@ -532,6 +531,7 @@ def test_other_classes_on_the_same_files(tmp_path: Path, make_checkpoint: MakeCh
     """The base alone, and with a new head: the same modules are dense, and the head is not 4-bit."""
     import transformers
 
+    pytest.importorskip("bitsandbytes")
     source = make_checkpoint("llama", **WIDE["llama"])
     assert invoke(source, tmp_path / "out", "--rank", 4, "--exclude-modules", "v_proj").code == 0
     base, info = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)

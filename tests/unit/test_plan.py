@@ -30,8 +30,7 @@ def test_all_linear_is_what_peft_means(
     make_checkpoint: MakeCheckpoint, make_model: Callable[..., Any], name: str
 ) -> None:
     """The adapter's modules are those that PEFT itself would choose, and its config matches exactly them."""
-    import peft
-
+    peft = pytest.importorskip("peft")
     plan = plan_for(make_checkpoint(name), save_format="native", bits_pattern={})
     wrapped = peft.get_peft_model(make_model(name), peft.LoraConfig(target_modules="all-linear", r=2))
     chosen = set(wrapped.targeted_module_names)
