@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from .errors import InputError
 from .files import Lock, write_json
 from .options import InitOptions
 from .plan import Plan
+from .propagate_run import Propagation
 from .texts import DEFAULT_WINDOW, load_texts
 from .workspace import RUN_FILE, Workspace
 
@@ -127,30 +128,18 @@ def obtain(
         if not source.load.is_file():
             raise InputError(f"--load-calibration: no such file: {source.load}")
         return Calibration.load(source.load), {"file": _digest(source.load)}
-    assert source.texts is not None
-    if not source.texts.exists():
-        raise InputError(f"--calibration: no such file or folder: {source.texts}")
-    identity = {
-        "texts": _digest(source.texts),
-        "windows": source.windows,
-        "window": source.window,
-        "sensitivities": sensitivities,
-        "device": device.type,
-    }
+    identity = texts_identity(source, device) | {"sensitivities": sensitivities}
     path = source.save or cache_path(out)
     beside = path.with_name(path.name + ".json")
     described = json.loads(json.dumps({**identity, "input": plan.checkpoint.identity()}))
     if not (path.is_file() and beside.is_file() and _read(beside) == described):
         path.parent.mkdir(parents=True, exist_ok=True)
-        windows = load_texts(
-            source.texts, _tokenizer(plan), window=_window(source, plan), num_windows=source.windows
-        )
         calibrate(
             plan.checkpoint.folder,
-            windows,
+            read_windows(source, plan),
             [layer.path for layer in plan.layers if layer.module.kind != "embedding"],
             device=device,
-            max_full_width=widest_full_moment(_memory(device)),
+            max_full_width=widest_full_moment(memory_of(device)),
             sensitivity_windows=SENSITIVITY_WINDOWS if sensitivities else 0,
             save_to=path,
             progress=progress,
@@ -158,6 +147,42 @@ def obtain(
         )
         write_json(beside, described)
     return Calibration.load(path), identity
+
+
+def texts_identity(source: Source, device: torch.device) -> dict[str, Any]:
+    """What identifies the texts and where they were run, JSON-able.
+
+    Raises:
+        InputError: they are not there.
+    """
+    assert source.texts is not None
+    if not source.texts.exists():
+        raise InputError(f"--calibration: no such file or folder: {source.texts}")
+    return {
+        "texts": _digest(source.texts),
+        "windows": source.windows,
+        "window": source.window,
+        "device": device.type,
+    }
+
+
+def read_windows(source: Source, plan: Plan) -> Iterable[Tensor]:
+    """The texts as token ids.
+
+    Raises:
+        InputError: unusable texts, or a model without a tokenizer.
+    """
+    assert source.texts is not None
+    return load_texts(
+        source.texts, _tokenizer(plan), window=_window(source, plan), num_windows=source.windows
+    )
+
+
+def propagation(source: Source, plan: Plan, device: torch.device) -> Propagation:
+    """The texts of ``source``, to be sent through the layers while they are solved."""
+    return Propagation(
+        lambda: list(read_windows(source, plan)), max_full_width=widest_full_moment(memory_of(device))
+    )
 
 
 def forget(source: Source, out: Path) -> None:
@@ -245,7 +270,7 @@ def widest_full_moment(memory: int) -> int:
     return int((memory / 2 / (9 * 4)) ** 0.5)
 
 
-def _memory(device: torch.device) -> int:
+def memory_of(device: torch.device) -> int:
     """Bytes that the device has in all: the same at every run."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)

@@ -82,6 +82,7 @@ class InitOptions:
         rslora: Scaling is alpha / sqrt(rank).
         rank_pattern, alpha_pattern: As in LoraConfig.
         iters, scales, svd, seed, damping: Of the solver.
+        propagate: Solve the layers one behind the other, each for what the texts bring it then.
         together: Solve layers of one shape together: more memory, equal up to rounding, and the bytes then
             depend on the memory that is free.
         target_modules: Names, one regex, or "all-linear".
@@ -112,6 +113,7 @@ class InitOptions:
     svd: str = "fast"
     seed: int = 0
     damping: float = 0.01
+    propagate: bool = False
     together: bool = False
     target_modules: tuple[str, ...] | str = "all-linear"
     exclude_modules: tuple[str, ...] | str = ()

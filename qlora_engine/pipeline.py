@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import metadata
@@ -27,10 +27,12 @@ from .errors import InputError
 from .files import copy_file, rename_into_place, write_json
 from .fingerprint import Fingerprint
 from .peak_memory import peak_memory
+from .pieces import Pieces
 from .plan import LayerPlan, Plan
+from .propagate_run import Propagation, propagate_layers, propagation_notes
 from .report import LayerReport, RunReport, dumps
 from .report_html import write_html
-from .safetensors_io import TensorEntry, read_header, write_file
+from .safetensors_io import read_header, write_file
 from .serialise import model_config, rest_tensor
 from .solve import SolvedLayer, solve_layer
 from .solve_ahead import solve_ahead
@@ -97,6 +99,7 @@ def run(
     progress: Progress | None = None,
     calibration: Calibration | None = None,
     calibrated: Any = None,
+    propagation: Propagation | None = None,
 ) -> RunReport:
     """Carry out ``plan`` and put the result into ``out`` in one step.
 
@@ -114,6 +117,7 @@ def run(
         progress: Called after each layer with its report and whether it was finished by an earlier run.
         calibration: Second moments of the layers' inputs, for the methods that need them.
         calibrated: What identifies the calibration, JSON-able: a resumed run must have the same.
+        propagation: Texts to solve the layers behind one another with, instead of a calibration; one process.
 
     Raises:
         InputError: what is there cannot be replaced or resumed, or the input turns out to be unusable. No
@@ -136,7 +140,7 @@ def run(
         if opened[0].is_done:
             return None, []
         _check_space(plan, opened[0])
-        pieces = _Pieces(opened[0].pieces)
+        pieces = Pieces(opened[0].pieces)
         return None, [layer.index for layer in plan.layers if not pieces.has(layer)]
 
     def end(before: float) -> RunReport:
@@ -150,7 +154,9 @@ def run(
                 save_format=plan.save_format,
                 dtype=plan.dtype,
                 layers=(),
-                notes=plan.notes + _calibration_notes(calibration),
+                notes=plan.notes
+                + _calibration_notes(calibration)
+                + propagation_notes(Pieces(workspace.pieces)),
                 versions=versions(),
                 device=_device_name(device) + (f", {here.size} processes" if here.size > 1 else ""),
                 bytes_in=plan.checkpoint.nbytes,
@@ -170,7 +176,13 @@ def run(
         root = Workspace.folder_for(Path(os.path.realpath(out)))
         before = 0.0
         if not (root / "done").exists():
-            before = _write_weights(plan, root, unsolved, device, progress, calibration)
+            told: set[int] = set()
+            if propagation is not None:
+                before, told = propagate_layers(
+                    plan, Pieces(root / "pieces"), unsolved, device, progress, propagation
+                )
+            left = [index for index in unsolved if index not in told]
+            before += _write_weights(plan, root, left, device, progress, calibration, told)
         return from_main(lambda: end(before))
     except InputError:
         for workspace in opened:
@@ -231,42 +243,6 @@ def _sizes(plan: Plan) -> dict[str, int]:
     return sizes | {layer.entry.name: plan.layer_bytes(layer) + _TABLES for layer in plan.layers}
 
 
-class _Pieces:
-    """Finished layers in the workspace: NUMBER.base until its shard is written, NUMBER.done to the end."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def _path(self, layer: LayerPlan, kind: str) -> Path:
-        return self.folder / f"{layer.index:05d}.{kind}"
-
-    def has(self, layer: LayerPlan) -> bool:
-        return self._path(layer, "done").exists()
-
-    def put(self, layer: LayerPlan, solved: SolvedLayer) -> None:
-        """Keep a layer. The second file says that both are whole; the sync of its name covers both."""
-        facts = {"report": dumps(solved.report.to_json()), "digest": solved.digest}
-        base, done = self._path(layer, "base"), self._path(layer, "done")
-        temporary = self.folder / f"piece-{world().rank}.tmp"
-        write_file(temporary, solved.base)
-        os.replace(temporary, base)
-        write_file(temporary, solved.factors, facts)
-        rename_into_place(temporary, done)
-
-    def base(self, layer: LayerPlan) -> list[TensorEntry]:
-        return list(read_header(self._path(layer, "base"))[0].values())
-
-    def drop_base(self, layer: LayerPlan) -> None:
-        self._path(layer, "base").unlink(missing_ok=True)
-
-    def factors(self, layer: LayerPlan) -> list[TensorEntry]:
-        return list(read_header(self._path(layer, "done"))[0].values())
-
-    def facts(self, layer: LayerPlan) -> tuple[LayerReport, str]:
-        about = read_header(self._path(layer, "done"))[1]
-        return LayerReport.from_json(json.loads(about["report"])), about["digest"]
-
-
 def _calibration_notes(calibration: Calibration | None) -> tuple[str, ...]:
     if calibration is None:
         return ()
@@ -285,17 +261,19 @@ def _write_weights(
     device: torch.device,
     progress: Progress | None,
     calibration: Calibration | None,
+    told: Collection[int] = (),
 ) -> float:
     """Solve what is not solved yet and write every shard that is not written yet; seconds of earlier runs.
 
-    Several processes solve the layers of a shard together; then the first writes it while the others go on.
+    Layers whose numbers are in ``told`` are solved, and their time is counted elsewhere. Several processes
+    solve the layers of a shard together; then the first writes it while the others go on.
     """
     here = world()
-    pieces, result = _Pieces(root / "pieces"), root / "result"
+    pieces, result = Pieces(root / "pieces"), root / "result"
     report = progress if progress is not None and here.is_main else lambda *_: None
     earlier = 0.0
     for layer in plan.layers:
-        if layer.index not in unsolved:
+        if layer.index not in unsolved and layer.index not in told:
             facts, _ = pieces.facts(layer)
             earlier += facts.seconds
             report(facts, True)
@@ -385,7 +363,7 @@ def _assemble(
     plan: Plan, workspace: Workspace, report: RunReport, out: Path, seconds: Callable[[], float]
 ) -> None:
     """Everything of the output but the shards."""
-    result, pieces = workspace.result, _Pieces(workspace.pieces)
+    result, pieces = workspace.result, Pieces(workspace.pieces)
     shards = sorted(result.glob("model*.safetensors"))
     for path in result.iterdir():
         if path not in shards:  # of an assembly that was cut off

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .blocks import NotSequential
@@ -55,18 +56,14 @@ def propagate(
             _put(previous, targets)
             for name in step.targets:
                 moment = step.replaced.get(name)
-                layers[name] = _facts(name, moment)
+                layers[name] = layer_facts(name, moment)
                 if moment is None or moment.tokens < MIN_TOKENS:
                     continue
                 tensors[name] = moment.hessian
-                weight = _weight(step, name)
-                cross = step.cross.get(name)
-                target = (
-                    weight if cross is None else drifted_target(weight, moment.hessian, cross, blend=blend)
-                )
-                targets[name] = _as_stored(step, name, target)
+                target = target_of(step, name, blend=blend)
+                targets[name] = as_stored(step, name, target)
                 solved = solve(name, target, shrink(moment.hessian, moment.shrinkage))
-                step.replace(name, _as_stored(step, name, solved))
+                step.replace(name, as_stored(step, name, solved))
             previous = step
     except NotSequential as reason:
         raise InputError(f"propagate: cannot run this model block by block: {reason}") from reason
@@ -91,18 +88,33 @@ def _put(step: BlockStep | None, targets: dict[str, Tensor]) -> None:
                 step.replace(name, targets.pop(name))
 
 
-def _weight(step: BlockStep, name: str) -> Tensor:
+def target_of(
+    step: BlockStep, name: str, *, blend: float = 0.5, device: torch.device | None = None
+) -> Tensor:
+    """The weight to solve a layer for, (out, in) float32: the original one where no drift is known.
+
+    Args:
+        step: Of the layer's block, with ``inputs="both"``.
+        name: The layer.
+        blend: See ``propagate``.
+        device: To compute on; None: where the layer is.
+    """
     target: Any = step.targets[name]
     weight = target.weight.detach().float()
-    return weight.T.contiguous() if target.kind == "conv1d" else weight.clone()
+    weight = (weight.T.contiguous() if target.kind == "conv1d" else weight.clone()).to(device)
+    moment, cross = step.replaced.get(name), step.cross.get(name)
+    if moment is None or cross is None or blend == 0:
+        return weight
+    return drifted_target(weight, moment.hessian, cross, blend=blend)
 
 
-def _as_stored(step: BlockStep, name: str, weight: Tensor) -> Tensor:
+def as_stored(step: BlockStep, name: str, weight: Tensor) -> Tensor:
     """(out, in) -> as the layer keeps it."""
     return weight.T if step.targets[name].kind == "conv1d" else weight
 
 
-def _facts(name: str, moment: LayerMoment | None) -> LayerInputs:
+def layer_facts(name: str, moment: LayerMoment | None) -> LayerInputs:
+    """What a ``Calibration`` says of a layer with this second moment under its own name."""
     if moment is None:
         return LayerInputs(0, 0, "none")
     hessian = moment.hessian

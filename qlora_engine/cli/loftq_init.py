@@ -86,6 +86,14 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
         (("--save-calibration",), {"metavar": "FILE", "help": "Keep what calibration found."}),
         (("--load-calibration",), {"metavar": "FILE", "help": "Use what an earlier run kept."}),
         (
+            ("--propagate/--no-propagate",),
+            {
+                "default": False,
+                "help": "Solve the layers one behind the other, so that later ones undo some of the error of "
+                "those before. [no]",
+            },
+        ),
+        (
             ("--damping",),
             {"type": float, "default": 0.01, "metavar": "X", "help": "[0.01]"},
         ),

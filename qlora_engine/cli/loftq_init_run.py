@@ -58,11 +58,13 @@ def parse_options(given: dict[str, Any]) -> InitOptions:
     budget = given["budget"]
     if budget is not None and (bits is not None or name is not None or given["bits_pattern"]):
         raise InputError("--budget chooses the widths: leave out --bits, --format and --bits-pattern")
+    if given["propagate"]:
+        _check_propagate(given, method)
     if given["together"] and calibrated:
         raise InputError("--together is for methods without calibration; leave it or --calibration out")
     same = (
         "block_size", "double_quant", "rank", "alpha", "rslora", "scales", "svd", "seed", "damping",
-        "together", "quantize_rest", "dtype", "adapter_dtype", "max_shard_size", "save_format",
+        "propagate", "together", "quantize_rest", "dtype", "adapter_dtype", "max_shard_size", "save_format",
         "trust_remote_code",
     )  # fmt: skip
     return InitOptions(
@@ -76,6 +78,19 @@ def parse_options(given: dict[str, Any]) -> InitOptions:
         exclude_modules=common.parse_targets("--exclude-modules", given["exclude_modules"]),
         **{key: given[key] for key in same},
     )
+
+
+def _check_propagate(given: dict[str, Any], method: str) -> None:
+    """Refuse what cannot be done behind layers that are being solved."""
+    if not given["calibration"] or given["load_calibration"] or given["save_calibration"]:
+        raise InputError(
+            "--propagate runs the texts through what is solved already: it needs --calibration TEXTS and has "
+            "no use for --load-calibration and --save-calibration"
+        )
+    if method in init_methods() and not inits.get(method).needs_hessian:
+        raise InputError(
+            f"--propagate: {method} makes no use of what the texts bring; choose another --method"
+        )
 
 
 def execute(model: str, out: Path, given: dict[str, Any], command: str) -> int:
@@ -108,13 +123,18 @@ def execute(model: str, out: Path, given: dict[str, Any], command: str) -> int:
             screen.print(Text("note: --budget chooses the widths once the layers' errors are measured"))
         return 0
     _state["out"] = out
-    calibration, identity = None, None
+    calibration, identity, propagation = None, None, None
+    if options.propagate and distributed.world().size > 1:
+        raise InputError("--propagate solves one layer behind the other: start it without torchrun")
     if source.given or given["budget"] is not None:
         check_output(out, overwrite=given["overwrite"] or given["resume"])
     with calibrated_run.alone(source, out) if is_main else nullcontext():
         try:
             if source.given or given["budget"] is not None:
                 plan, calibration, identity = _calibrated(plan, out, source, given, device, screen)
+            if options.propagate:
+                propagation = calibrated_run.propagation(source, plan, device)
+                identity = {**calibrated_run.texts_identity(source, device), "blend": propagation.blend}
             with _progress(plan, quiet=quiet, as_json=as_json) as progress:
                 report = pipeline.run(
                     plan,
@@ -127,6 +147,7 @@ def execute(model: str, out: Path, given: dict[str, Any], command: str) -> int:
                     progress=progress,
                     calibration=calibration,
                     calibrated=identity,
+                    propagation=propagation,
                 )
         except InputError:
             if is_main:
@@ -174,7 +195,7 @@ def _calibrated(
     calibration, identity = None, None
     is_main = distributed.world().is_main
     quiet = given["quiet"] or given["as_json"] or not is_main
-    if source.given:
+    if source.given and (not given["propagate"] or given["budget"] is not None):
         log = None if quiet else _CalibrationLog().update
 
         def obtain() -> Any:
@@ -192,6 +213,10 @@ def _calibrated(
     plan = make_plan(plan.checkpoint, plan.architecture, options)
     plan = replace(plan, notes=plan.notes + notes)
     screen.print(plan_table(plan), *(Text(note) for note in notes))
+    if given[
+        "propagate"
+    ]:  # what calibration found has told the widths, and is not what layers are solved with
+        calibration = None
     return plan, calibration, identity
 
 

@@ -83,7 +83,7 @@ def test_what_memory_allows_decides_how_wide_a_moment_may_be(
 ) -> None:
     assert calibrated_run.widest_full_moment(16 << 30) >= 14336
     assert calibrated_run.widest_full_moment(8 << 30) < 14336
-    monkeypatch.setattr(calibrated_run, "_memory", lambda device: 2 * 9 * 4 * 80**2)
+    monkeypatch.setattr(calibrated_run, "memory_of", lambda device: 2 * 9 * 4 * 80**2)
     done = invoke(model, tmp_path / "out", "--bits", 3, "--rank", 4, "--calibration", texts, "--window", 64)
     assert done.code == 0, done.err
     report = RunReport.read(tmp_path / "out")
