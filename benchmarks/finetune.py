@@ -288,12 +288,12 @@ def main(argv: list[str] | None = None) -> int:
                         rows.append({"bits": bits, "start": name, "seed": seed} | found)
                         shown = {key: value for key, value in rows[-1].items() if key != "losses"}
                         print(shown, file=sys.stderr, flush=True)
+                        if arguments.json:  # a run that is cut off keeps what it has
+                            command = ["python", "-m", "benchmarks.finetune", *(argv or sys.argv[1:])]
+                            save(arguments.json, command=command, rows=rows)
     check(rows)
     assert all(math.isfinite(row["final loss"]) for row in rows)
     print(table(summary(rows)))
-    if arguments.json:
-        command = ["python", "-m", "benchmarks.finetune", *(argv or sys.argv[1:])]
-        save(arguments.json, command=command, rows=rows)
     return 0
 
 
