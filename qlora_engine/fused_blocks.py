@@ -32,6 +32,9 @@ _ALIGN = 8  # elements: 16 bytes, which tensor cores and TMA want of every row o
 
 
 _STRIDED = 16  # elements: strided rows of a decoded weight must be a multiple of this
+# The activation and its gradient exist for so many tokens at once, which fill an H100's multiprocessors: of
+# 14336 columns in 16 bits 112 MiB.
+_MOST_TOKENS = 4096
 
 
 class Part(NamedTuple):
@@ -150,19 +153,25 @@ def swiglu_mlp(x: Tensor, gate: Part, up: Part, down: Part) -> Tensor:
         down: (hidden, width).
 
     Returns:
-        (..., hidden). For backward, x, gate's and up's outputs and the rank-wide products are kept; the
-        activation is computed again.
+        (..., hidden). For backward, x, gate's and up's outputs and their rank-wide products are kept; the
+        activation is computed again. ``down``'s product keeps nothing: a checkpointed layer that is computed
+        again need not come to it.
     """
-    y: Tensor = _SwigluMlp.apply(x, *_flatten(gate, up, down))
+    kept: list[Tensor] = []
+    stand_in: Tensor = _GateUp.apply(x, kept, *_flatten(gate, up, down))
+    y: Tensor = _Down.apply(stand_in, kept, down)
     return y
 
 
-class _SwigluMlp(torch.autograd.Function):
+class _GateUp(torch.autograd.Function):
+    """All of the MLP but the product with ``down`` forward, and all of its backward.
+
+    Returns a tensor of the output's shape and no content, which the output's gradient comes back to.
+    """
+
     @staticmethod
     @_holding_workspace
-    def forward(ctx: Any, x: Tensor, *flat: Any) -> Tensor:
-        from quant.backends import triton_blocks
-
+    def forward(ctx: Any, x: Tensor, kept: list[Tensor], *flat: Any) -> Tensor:
         gate, up, down = _unflatten(flat)
         width, hidden = gate.weight.shape
         rows = x.reshape(-1, hidden)
@@ -181,46 +190,32 @@ class _SwigluMlp(torch.autograd.Function):
             W[:, hidden:] = 0
             torch.mul(part.B, part.scaling, out=W[:, mine])
             torch.mm(xh, W.t(), out=out)
+            del W  # while a graph is captured the next one is another
             first += len(part.A)
         h = xh[:, hidden : hidden + ranks].contiguous()
-        del xh
-        act = triton_blocks.swiglu(gate_up, rows.new_empty(tokens, width))
-        y = act @ decoded(down.weight, x).t()
-        h_down = act @ down.A.to(x.dtype).t()
-        y.addmm_(h_down, down.B.to(x.dtype).t(), alpha=down.scaling)
         ctx.parts = [
             (len(p.weight.tensors), p.weight.spec, p.weight.shape, p.scaling) for p in (gate, up, down)
         ]
-        ctx.save_for_backward(x, gate_up, h, h_down, *_tensors(gate, up, down))
+        ctx.save_for_backward(x, gate_up, h, *_tensors(gate, up, down))
         ctx.used = False
-        return y.reshape(x.shape)
+        kept.append(gate_up)
+        return x.new_empty(1).expand(x.shape)
 
     @staticmethod
     @_holding_workspace
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        from quant.backends import triton_blocks
-
         if ctx.used:
             raise RuntimeError(
                 "the fused MLP overwrites what it saved: a second backward through it needs "
                 "qlora_engine.fused.set_fused(False) before the forward"
             )
         ctx.used = True
-        x, gate_up, h, h_down, *saved = ctx.saved_tensors
+        x, gate_up, h, *saved = ctx.saved_tensors
         gate, up, down = _with_settings(saved, ctx.parts)
         width, hidden = gate.weight.shape
         r_gate, ranks = len(gate.A), len(gate.A) + len(up.A)
         rows = x.reshape(-1, hidden)
-        dy = grads[0].reshape(-1, hidden).to(x.dtype)
-
-        B = down.B.to(x.dtype)
-        dh = torch.addmm(h_down, dy, B, beta=0, alpha=down.scaling)
-        dB_down = torch.addmm(B, dy.t(), h_down, beta=0, alpha=down.scaling)
-        d_act = times(dy, down.weight)
-        d_act.addmm_(dh, down.A.to(x.dtype))
-        triton_blocks.swiglu_backward(gate_up, d_act)
-        dA_down = dh.t() @ d_act  # d_act holds the activation now
-        del d_act
+        dA_down, dB_down = _through_down(grads[0].reshape(-1, hidden).to(x.dtype), gate_up, down)
 
         inner = gate_up.shape[1] - 2 * width
         d_gate, d_up, dh = gate_up[:, :width], gate_up[:, width : 2 * width], gate_up[:, 2 * width :]
@@ -241,10 +236,75 @@ class _SwigluMlp(torch.autograd.Function):
         return (
             dx.reshape(x.shape),
             None,
+            None,
             *_gradients(gate, dA[:r_gate], dB_gate),
             *_gradients(up, dA[r_gate:], dB_up),
             *_gradients(down, dA_down, dB_down),
         )
+
+
+class _Down(torch.autograd.Function):
+    """The product with ``down``; its gradient is ``_GateUp``'s to compute."""
+
+    @staticmethod
+    @_holding_workspace
+    def forward(ctx: Any, stand_in: Tensor, kept: list[Tensor], down: Part) -> Tensor:
+        from quant.backends import triton_blocks
+
+        gate_up = kept.pop()
+        hidden, width = down.weight.shape
+        y = gate_up.new_empty(gate_up.shape[0], hidden)
+        A, B = down.A.to(y.dtype).t(), down.B.to(y.dtype).t()
+        W = decoded(down.weight, y).t()
+        acts = y.new_empty(min(len(y), _MOST_TOKENS), width)
+        for inputs, out in zip(gate_up.split(_MOST_TOKENS), y.split(_MOST_TOKENS), strict=True):
+            act = triton_blocks.swiglu(inputs, acts[: len(inputs)])
+            torch.mm(act, W, out=out)
+            out.addmm_(act @ A, B, alpha=down.scaling)
+        return y.reshape(stand_in.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return grads[0], None, None
+
+
+def _through_down(dy: Tensor, gate_up: Tensor, down: Part) -> tuple[Tensor, Tensor]:
+    """Backward through ``down`` and the activation: ``gate_up`` becomes its own gradient.
+
+    Args:
+        dy: (tokens, hidden), of the output.
+        gate_up: (tokens, 2 * width and more).
+        down: With W (hidden, width), A (r, width) and B (hidden, r).
+
+    Returns:
+        The gradients of A and B.
+    """
+    from quant.backends import triton_blocks
+
+    hidden, width = down.weight.shape
+    tokens, r = dy.shape[0], len(down.A)
+    B = down.B.to(dy.dtype)
+    W = workspace((hidden + r) * width, dy.dtype, dy.device).view(hidden + r, width)
+    down.weight.decode(W[:hidden])
+    A = W[hidden:].copy_(down.A)
+    h = dy.new_empty(tokens, r)
+    most = min(tokens, _MOST_TOKENS)
+    both, d_acts = dy.new_empty(most, hidden + _aligned(r)), dy.new_empty(most, width)
+    dA = None
+    for first in range(0, tokens, _MOST_TOKENS):
+        part = slice(first, first + _MOST_TOKENS)
+        some = dy[part]
+        dy_dh, d_act = both[: len(some), : hidden + r], d_acts[: len(some)]
+        dy_dh[:, :hidden] = some
+        dh = dy_dh[:, hidden:].addmm_(some, B, beta=0, alpha=down.scaling)
+        torch.mm(dy_dh, W, out=d_act)  # [dy, dh] [W; A]
+        triton_blocks.swiglu_backward(gate_up[part], d_act)  # d_act holds the activation now
+        torch.mm(d_act, A.t(), out=h[part])
+        more = dh.t() @ d_act
+        dA = more if dA is None else more.float().add_(dA)
+    assert dA is not None
+    # beta=0: the first argument only lends its shape
+    return dA, torch.addmm(B, dy.t(), h, beta=0, alpha=down.scaling)
 
 
 # ---- query, key and value
@@ -330,6 +390,7 @@ class _SharedProducts(torch.autograd.Function):
             out = part.weight.shape[0]
             W = part.weight.decode(workspace(out * columns, x.dtype, x.device).view(out, columns))
             y = rows @ W.t()
+            del W
             mine = h[:, first : first + len(part.A)]
             y.addmm_(mine, part.B.to(x.dtype).t(), alpha=part.scaling)
             first += len(part.A)
@@ -356,6 +417,7 @@ class _SharedProducts(torch.autograd.Function):
             dBs.append(torch.addmm(B, dy.t(), h[:, first : first + r], beta=0, alpha=part.scaling))
             W = part.weight.decode(workspace(out * columns, x.dtype, x.device).view(out, columns))
             dx = dy @ W if dx is None else dx.addmm_(dy, W)
+            del W
             first += r
         assert dx is not None
         dA = dh.t() @ rows

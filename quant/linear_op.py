@@ -88,6 +88,14 @@ def workspace(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return buffer[:numel]
 
 
+def forget_workspaces(device: torch.device) -> None:
+    """Give the device's buffers back; the next product makes one of the size that it needs."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with using_workspace:
+        for key in [key for key in _gpu_buffers if key[1] == index]:
+            del _gpu_buffers[key]
+
+
 def _tiles(rows: int, columns: int) -> list[tuple[int, int]]:
     step = max(1, _TILE_ELEMENTS // max(columns, 1))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]

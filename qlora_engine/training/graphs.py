@@ -2,9 +2,10 @@
 
 From Python a layer takes the host some ten milliseconds forward and backward, whatever the batch; a fast GPU,
 or a small model, waits for it. Here a layer's launches are captured once and replayed. A recomputed layer's
-forward graph keeps its input alone, its backward graph computes the layer again; another layer's activations
-stay in the graphs' memory from forward to backward. All graphs share one memory pool, so they are captured in
-the order of a step: forward from the first layer to the last, backward from the last to the first.
+forward graph keeps its input alone, its backward graph computes the layer again as far as it has to; another
+layer's activations stay in the graphs' memory from forward to backward. All graphs share one memory pool, so
+they are captured in the order of a step: forward from the first layer to the last, backward from the last to
+the first.
 
 The first training step runs as ever and shows what the layers are called with; at the second one the graphs
 are captured. A call of another shape, in eval mode or without gradients runs as ever, too.
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from qlora_engine.errors import InputError
+from quant.linear_op import forget_workspaces
 
 from .recompute import decoder_layers
 
@@ -175,6 +177,7 @@ class GraphedLayers:
         self._sources = [None] * len(sources)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+            forget_workspaces(device)  # the graphs have theirs
         collecting = gc.isenabled()
         gc.collect()
         gc.disable()  # freeing the last step's tensors is not to be part of a graph
@@ -288,15 +291,14 @@ class _Layer:
             return y
 
         def run() -> list[Tensor]:
-            if self.recomputed:
-                with torch.no_grad():
-                    return [call(x)]
             self.leaf = x.detach().requires_grad_()
             with torch.enable_grad():
-                self.tape = call(self.leaf)
+                if self.recomputed:  # its backward stops computing again at what it needs last
+                    self.tape = checkpoint(call, self.leaf, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    self.tape = call(self.leaf)
             return [self.tape.detach()]
 
-        self.call = call
         self.replay_forward, (self.y,) = self.owner.capture(run)
         return self.y
 
@@ -305,10 +307,6 @@ class _Layer:
         self.grad = grad
 
         def run() -> list[Tensor]:
-            if self.recomputed:
-                self.leaf = self.x.detach().requires_grad_()
-                with torch.enable_grad():
-                    self.tape = self.call(self.leaf)
             tape, self.tape = self.tape, None
             assert tape is not None
             wanted = [self.leaf, *self.twins]

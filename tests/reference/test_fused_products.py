@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
+from qlora_engine import fused_blocks
 from qlora_engine.fused_blocks import Part, shared_input, swiglu_mlp
 from quant import QuantSpec, linear_op, quantize
 from quant.backends import triton_blocks
@@ -73,9 +74,12 @@ def compare(
         assert error(mine, true) < bound, number
 
 
+@pytest.mark.parametrize("most", [4096, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_swiglu_mlp(spec: QuantSpec, dtype: torch.dtype) -> None:
+def test_swiglu_mlp(spec: QuantSpec, dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ten tokens at once, and the activation for four, four and two of them."""
+    monkeypatch.setattr(fused_blocks, "_MOST_TOKENS", most)
     for hidden, width, ranks in ((64, 96, (4, 4, 4)), (48, 80, (3, 8, 5)), (16, 16, (1, 2, 3))):
         gate, up, down = made = [
             part(width, hidden, ranks[0], spec, 2.0),

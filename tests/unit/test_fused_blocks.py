@@ -138,3 +138,39 @@ def test_enable_changes_nothing_but_the_path(llama, monkeypatch: pytest.MonkeyPa
     calls.update(mlp=0, qkv=0)
     loss_and_gradients(llama)
     assert calls == {"mlp": 0, "qkv": 0}
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_recomputed_layer_does_not_come_to_the_last_product(
+    llama, replayed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:  # type: ignore[no-untyped-def]
+    """Nothing of a layer's output is needed for its backward: down is decoded once forward, once backward."""
+    from qlora_engine.training import graphs, recompute
+    from tests.unit.test_training_graphs import capture
+
+    want_loss, want = loss_and_gradients(llama)
+    fused_blocks.enable(llama, norms=False)
+    recompute.apply(llama, 2)
+    llama.get_base_model().enable_input_require_grads()
+    llama.train()
+    if replayed:
+        graphs.GraphedLayers(llama, capture)
+        loss_and_gradients(llama)  # recorded
+        loss_and_gradients(llama)  # captured
+    shapes = []
+    real = Weight.decode
+
+    def decode(self: Weight, out: Tensor, *args: int) -> Tensor:
+        if out.is_contiguous():  # into strided rows it goes by way of one that is
+            shapes.append(self.shape)
+        return real(self, out, *args)
+
+    monkeypatch.setattr(Weight, "decode", decode)
+    loss, got = loss_and_gradients(llama)
+    config = llama.get_base_model().config
+    down, up = (config.hidden_size, config.intermediate_size), (config.intermediate_size, config.hidden_size)
+    assert shapes.count(torch.Size(down)) == 2 * 2
+    assert shapes.count(torch.Size(up)) == 2 * 2 * 3  # gate and up, and once more
+    torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=1e-5)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
