@@ -372,13 +372,13 @@ def test_on_a_gpu(dtype: torch.dtype, make_model: Any) -> None:
     torch.testing.assert_close(dx, want_dx, rtol=4 * step, atol=4 * step)
     if dtype != torch.float32:
         assert float((got == want).float().mean()) > 0.99
-    assert less < x.nbytes + (1 << 14) < kept
+        assert less < x.nbytes + (1 << 14) < kept  # the output; of float32 nothing was copied either
     rotate = rotary_of("llama")
     for shape, k_shape in (((2, 100, 32, 128), (2, 100, 8, 128)), ((1, 7, 6, 64), (1, 7, 1, 64))):
         q, k = (torch.randn(s, device="cuda", dtype=dtype).transpose(1, 2) for s in (shape, k_shape))
         cos, sin = (torch.randn(1, shape[1], shape[3], device="cuda", dtype=dtype) for _ in range(2))
         for a, b in zip(fused_norms.rotary(q, k, cos, sin), rotate(q, k, cos, sin), strict=True):
-            torch.testing.assert_close(a, b, rtol=2 * step, atol=2 * step)
+            assert torch.equal(a, b)
     model = adapted(make_model, "qwen3", dtype=dtype)
     want_all = loss_and_gradients(model)
     assert fused_norms.enable(model) == 5 + 1
