@@ -254,10 +254,29 @@ def kernels(step: Callable[[], Tensor], heading: str, most: int = 30) -> None:
 
 
 def forget() -> None:
-    """Let go of the last model."""
-    gc.collect()
+    """Let go of the last model, and of what libraries and our layers keep for the next one."""
+    from quant.linear_op import forget_workspaces
+
+    for _ in range(2):  # what the first pass frees may hold more
+        gc.collect()
     if torch.cuda.is_available():
+        forget_workspaces(torch.device("cuda", torch.cuda.current_device()))
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
+        _warn_of_what_is_left()
+
+
+def _warn_of_what_is_left(allowed: int = 64) -> None:
+    """Tell what is still on the GPU: it would be counted in the next variant's peak."""
+    left = torch.cuda.memory_allocated() / 2**20
+    if left <= allowed:
+        return
+    print(f"{left:.0f} MiB were not freed, and are part of the next peak:", file=sys.stderr)
+    found = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.is_cuda]
+    for tensor in sorted(found, key=lambda t: -t.untyped_storage().nbytes())[:12]:
+        users = ", ".join(sorted({type(user).__name__ for user in gc.get_referrers(tensor)}))
+        size = tensor.untyped_storage().nbytes() / 2**20
+        print(f"{size:9.1f} MiB {tuple(tensor.shape)} {tensor.dtype}, held by {users}", file=sys.stderr)
 
 
 def compare(
