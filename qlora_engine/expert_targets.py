@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from .config import LoraConfig, PeftWarning
+from .expert_stack import parameter_names
 from .targets import (
     anchored,
     check_target_module_exists,
@@ -80,8 +81,8 @@ def stacked_experts(model: nn.Module) -> list[StackedExperts]:
         base = _innermost(module)
         own = {
             parameter: stacks[parameter]
-            for parameter, value in base.named_parameters(recurse=False)
-            if parameter in stacks and value.dim() == 3
+            for parameter in parameter_names(base)
+            if parameter in stacks and getattr(base, parameter).dim() == 3
         }
         if own:
             router = f"{name.rpartition('.')[0]}.gate"

@@ -27,6 +27,7 @@ from .base_weight import is_conv1d
 from .checkpoint import Checkpoint
 from .compute import set_compute
 from .errors import InputError
+from .expert_stack import ExpertPlace, place_of, put_layer, settle_experts
 from .hub import find_model
 from .partial_model import PartialModel
 from .safetensors_io import TORCH_DTYPES
@@ -105,7 +106,8 @@ def not_quantised(model: nn.Module, quantised: Collection[str]) -> list[str]:
     return [
         name
         for name in dict.fromkeys(names)
-        if name.rpartition(".")[0] not in quantised or name.rpartition(".")[2] != "weight"
+        if (name.rpartition(".")[0] not in quantised or name.rpartition(".")[2] != "weight")
+        and f"{name}.0" not in quantised
     ]
 
 
@@ -120,10 +122,10 @@ def _quantised(
     partial.load(not_quantised(model, found))
     specs: dict[str, QuantSpec] = {}
     for path, q in found.items():
-        parent, _, leaf = path.rpartition(".")
-        layer = _layer(path, modules[path], q)
-        setattr(model.get_submodule(parent), leaf, layer)
+        place = place_of(modules, path)
+        put_layer(model, path, _layer(place or modules[path], q), place)
         specs[path] = q.spec
+    settle_experts(model)
     model.config.quantization_config = native_config(specs)
     read_generation_config(model, folder)
     return model
@@ -173,12 +175,16 @@ def native_specs(settings: Mapping[str, Any]) -> dict[str, QuantSpec]:
         raise InputError(f"config.json: quantization_config cannot be read: {error}") from error
 
 
-def shape_of(path: str, module: nn.Module | None) -> torch.Size:
+def shape_of(path: str, module: nn.Module | ExpertPlace | None) -> torch.Size:
     """Rows and columns of the layer that stands for ``module``: (out, in), for an embedding (rows, width).
+
+    For an expert its place is given.
 
     Raises:
         InputError: a module that holds no weight that could be quantised, or none.
     """
+    if isinstance(module, ExpertPlace):
+        return module.shape
     if isinstance(module, nn.Linear):
         return torch.Size((module.out_features, module.in_features))
     if module is not None and is_conv1d(module):
@@ -217,7 +223,7 @@ def _native(
     names = partial.parameters_of(f"{stored}.weight" for stored in specs)
     for stored, spec in specs.items():
         path = names[f"{stored}.weight"].removesuffix(".weight")
-        shape = shape_of(path, modules.get(path))
+        shape = shape_of(path, standing_at(modules, path))
 
         def read(stored: str = stored, spec: QuantSpec = spec, shape: torch.Size = shape) -> QuantizedTensor:
             entries = [checkpoint.tensors.get(f"{stored}.{name}") for name in TENSOR_NAMES]
@@ -261,8 +267,15 @@ def _bitsandbytes(
         yield path, read
 
 
-def _layer(path: str, module: nn.Module, q: QuantizedTensor) -> nn.Module:
+def standing_at(modules: Mapping[str, nn.Module], path: str) -> nn.Module | ExpertPlace | None:
+    """The module at ``path``, or the place of the expert that it means."""
+    return modules[path] if path in modules else place_of(modules, path)
+
+
+def _layer(module: nn.Module | ExpertPlace, q: QuantizedTensor) -> nn.Module:
     """The quantised layer in place of ``module``, with its bias."""
+    if isinstance(module, ExpertPlace):
+        return QuantLinear.from_quantized(q, conv1d=module.in_out)
     if isinstance(module, nn.Embedding):
         return QuantEmbedding.from_quantized(
             q, padding_idx=module.padding_idx, embed_scale=_embed_scale(module)
@@ -276,7 +289,9 @@ def _embed_scale(module: nn.Embedding) -> float | None:
     return float(scale) if isinstance(scale, (int, float, Tensor)) else None
 
 
-def empty_layer(path: str, module: nn.Module | None, spec: QuantSpec, dtype: torch.dtype) -> nn.Module:
+def empty_layer(
+    path: str, module: nn.Module | ExpertPlace | None, spec: QuantSpec, dtype: torch.dtype
+) -> nn.Module:
     """The quantised layer that takes the place of ``module``, its tensors on the meta device.
 
     Raises:
@@ -300,7 +315,9 @@ def empty_layer(path: str, module: nn.Module | None, spec: QuantSpec, dtype: tor
             spec,
             bias=getattr(module, "bias", None) is not None,
             weight_dtype=dtype,
-            conv1d=module is not None and is_conv1d(module),
+            conv1d=module.in_out
+            if isinstance(module, ExpertPlace)
+            else module is not None and is_conv1d(module),
             device="meta",
         )
     return layer.requires_grad_(False)

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from quant.experts import ExpertMatrix, ExpertStack, QuantExperts, map_matrices
+
 from .config import LoraConfig
+from .expert_stack import parameter_names
 from .lora_layer import LoraLayer
 from .tuner_layer import BaseTunerLayer, check_adapters_to_merge
 
@@ -57,7 +60,8 @@ class ParamWrapper(LoraLayer, nn.Module):
         self.parameter_name = parameter_name
         LoraLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
-        self._original: Tensor | None = None
+        # What was there before merging: a tensor, or quantised experts; not a submodule of this one.
+        self._original: Any = None
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[Any, Any]:
@@ -99,11 +103,11 @@ class ParamWrapper(LoraLayer, nn.Module):
                 container[adapter_name].to(device or parameter.device, dtype=dtype)
 
     def get_param(self) -> Any:
-        """The adapted Parameter."""
+        """The adapted Parameter, or the quantised experts in its place."""
         return getattr(self.get_base_layer(), self.parameter_name)
 
     def get_base_weight(self) -> Tensor:
-        """The adapted Parameter's data."""
+        """The adapted Parameter's data; of quantised experts the dense stack."""
         data: Tensor = self.get_param().data
         return data
 
@@ -146,10 +150,31 @@ class ParamWrapper(LoraLayer, nn.Module):
                     weight = weight + (left @ right * scaling).reshape(weight.shape)
             return weight
 
+    def _adapted_stack(self, stack: ExpertStack, adapters: list[str]) -> ExpertStack:
+        """Quantised experts whose products have the adapters' added; differentiable in the factors."""
+        factors = []
+        for adapter in adapters:
+            left, right, scaling = self.get_delta_factors(adapter, torch.float32)
+            # unbound once: each expert's slice would else have a gradient of the whole stack's size
+            factors.append((left.unbind(0), right.unbind(0), scaling))
+
+        def make(number: int, matrix: ExpertMatrix) -> ExpertMatrix:
+            mine = [(left[number], right[number], scaling) for left, right, scaling in factors]
+            return _AdaptedMatrix(matrix, mine)
+
+        return map_matrices(stack, make)
+
     @contextmanager
     def _in_place(self, adapters: list[str]) -> Iterator[None]:
         """Within the block the owner's attribute is the adapted weight."""
         base, name = self.get_base_layer(), self.parameter_name
+        if isinstance(getattr(base, name), ExpertStack):
+            base.__dict__[name] = self._adapted_stack(getattr(base, name), adapters)
+            try:
+                yield
+            finally:
+                del base.__dict__[name]
+            return
         if parametrize.is_parametrized(base, name):
             requires_grad = base.parametrizations[name].original.requires_grad
             parametrize.register_parametrization(base, name, _Adapted(self, adapters))
@@ -178,14 +203,22 @@ class ParamWrapper(LoraLayer, nn.Module):
         if not names:
             return
         parameter = self.get_param()
-        merged = self.adapted(parameter.data, names)
+        merged = self.adapted(self.get_base_weight(), names)
         if safe_merge and not torch.isfinite(merged.float()).all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken"
             )
-        if self._original is None:
-            self._original = parameter.data
-        parameter.data = merged
+        if isinstance(parameter, QuantExperts):
+            base = self.get_base_layer()
+            self.__dict__["_original"] = (
+                parameter  # not a submodule: it is out of the model while it is merged
+            )
+            del base._modules[self.parameter_name]
+            base.register_parameter(self.parameter_name, nn.Parameter(merged, requires_grad=False))
+        else:
+            if self._original is None:
+                self._original = parameter.data
+            parameter.data = merged
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -195,7 +228,12 @@ class ParamWrapper(LoraLayer, nn.Module):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         parameter = self.get_param()
-        parameter.data = self._original.to(parameter.data)
+        if isinstance(self._original, QuantExperts):
+            base = self.get_base_layer()
+            del base._parameters[self.parameter_name]
+            base.register_module(self.parameter_name, self._original.to(parameter.device))
+        else:
+            parameter.data = self._original.to(parameter.data)
         self._original = None
         self.merged_adapters.clear()
 
@@ -230,6 +268,32 @@ class ParamWrapper(LoraLayer, nn.Module):
     def extra_repr(self) -> str:
         """Which Parameter."""
         return f"parameter_name='{self.parameter_name}'"
+
+
+class _AdaptedMatrix(ExpertMatrix):
+    """A quantised expert's matrix with low-rank matrices added: (left, right, scaling) as the Parameter has
+    its matrices."""
+
+    def __init__(self, matrix: ExpertMatrix, added: list[tuple[Tensor, Tensor, float]]) -> None:
+        super().__init__(matrix.layer, matrix.in_out)
+        self._inner, self._added = matrix, added
+
+    def copy(self) -> ExpertMatrix:
+        raise NotImplementedError("an adapted expert is not transposed before its product")
+
+    def product(self, x: Tensor) -> Tensor:
+        y = self._inner.product(x)
+        for left, right, scaling in self._added:
+            first, second = (left, right) if self.in_out else (right.mT, left.mT)
+            y = y + (x @ first.to(x.dtype) @ second.to(x.dtype) * scaling).to(y.dtype)
+        return y
+
+    def weight(self) -> Tensor:
+        dense = self._inner.weight()
+        for left, right, scaling in self._added:
+            delta = left @ right * scaling
+            dense = dense + (delta.mT if self.in_out else delta).to(dense.dtype)
+        return dense
 
 
 class _Adapted(nn.Module):
@@ -268,7 +332,7 @@ def inject_parameters(
     for owner_name, owner in list(model.named_modules()):
         path = _plain(owner_name)
         # In the order of registration, which decides how wrappers nest and so what their keys on disk are.
-        names = [name for name, _ in owner.named_parameters(recurse=False)]
+        names = parameter_names(owner)
         if hasattr(owner, "parametrizations"):
             names += sorted(owner.parametrizations)  # type: ignore[call-overload]
         for name in names:

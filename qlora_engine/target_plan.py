@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from quant.experts import QuantExperts
 from quant.linear import QuantLinear
 
 from .base_weight import is_bnb_linear, is_conv1d
@@ -51,6 +52,8 @@ def all_linear_names(model: Any, task_type: str | None) -> set[str]:
             inside.append(name + ".")
             if isinstance(module, Linear):
                 names.add(name)
+        elif isinstance(module, QuantExperts):
+            inside.append(name + ".")
         elif isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module) or is_bnb_linear(module):
             names.add(name)
     get_output = getattr(model, "get_output_embeddings", None)

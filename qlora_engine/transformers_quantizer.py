@@ -12,7 +12,8 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .loading import NATIVE_METHOD, empty_layer, native_config, native_specs
+from .expert_stack import ExpertPlace, put_layer, settle_experts
+from .loading import NATIVE_METHOD, empty_layer, native_config, native_specs, standing_at
 
 
 class NativeConfig(QuantizationConfigMixin):
@@ -35,11 +36,13 @@ class NativeQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         modules = dict(model.named_modules())
         for path, spec in self.quantization_config.specs.items():
-            parent, _, leaf = path.rpartition(".")
-            layer = empty_layer(path, modules.get(path), spec, next(model.parameters()).dtype)
-            setattr(model.get_submodule(parent), leaf, layer)
+            there = standing_at(modules, path)
+            layer = empty_layer(path, there, spec, next(model.parameters()).dtype)
+            put_layer(model, path, layer, there if isinstance(there, ExpertPlace) else None)
+        settle_experts(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        settle_experts(model)  # loading has written down its conversions
         return model
 
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:

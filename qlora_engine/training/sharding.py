@@ -21,6 +21,7 @@ from qlora_engine.adapter_io import write_adapter
 from qlora_engine.adapter_state import adapter_keys, get_peft_model_state_dict, load_peft_weights
 from qlora_engine.checkpoint import Checkpoint
 from qlora_engine.errors import InputError
+from qlora_engine.expert_stack import ExpertPlace, put_layer, settle_experts
 from qlora_engine.fingerprint import Fingerprint, module_digest
 from qlora_engine.loading import (
     check_quantised,
@@ -28,6 +29,7 @@ from qlora_engine.loading import (
     native_config,
     not_quantised,
     read_generation_config,
+    standing_at,
     stored_weights,
 )
 from qlora_engine.lora_layer import LoraLayer
@@ -95,9 +97,10 @@ def load_sharded(
     if not layers:
         raise InputError(f"{folder}: no decoder layers that can be sharded are known of this model")
     for path, spec in specs.items():
-        parent, _, leaf = path.rpartition(".")
-        modules[path] = empty_layer(path, modules[path], spec, dtype)
-        setattr(base.get_submodule(parent), leaf, modules[path])
+        there = standing_at(modules, path)
+        modules[path] = empty_layer(path, there, spec, dtype)
+        put_layer(base, path, modules[path], there if isinstance(there, ExpertPlace) else None)
+    settle_experts(base)
     base.config.quantization_config = native_config(specs)
     read_generation_config(base, folder)
     partial.homes.update(modules)  # the adapter wraps some of them
