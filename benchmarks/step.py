@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import statistics
 import sys
@@ -123,6 +124,7 @@ def ours(
     *,
     replayed: bool = False,
     norms: bool = True,
+    loss: str = "auto",
 ) -> Any:
     """This project's layers, as qlora-finetune sets them up, which fuses the ``norms``."""
     from qlora_engine import LoraConfig, fused_blocks, get_peft_model
@@ -135,7 +137,7 @@ def ours(
     model = get_peft_model(base, LoraConfig(**lora(case)))
     factors(model)
     model.train()
-    if not use_chunked_loss(model):
+    if not use_chunked_loss(model, loss):
         raise SystemExit("the chunked loss is not in use: this would measure something else")
     recompute.apply(model, recomputed)
     if recomputed:
@@ -280,10 +282,17 @@ def _warn_of_what_is_left(allowed: int = 64) -> None:
 
 
 def compare(
-    case: Case, batches: list[int], variants: list[str], repeats: int, *, profiled: bool = False
+    case: Case,
+    batches: list[int],
+    variants: list[str],
+    repeats: int,
+    *,
+    profiled: bool = False,
+    loss: str = "auto",
 ) -> list[Row]:
     """Every variant at every batch, all layers checkpointed or none; then ours at tuned's memory."""
     from qlora_engine.training import recompute
+    from qlora_engine.training.loss import use_chunked_loss
 
     rows: list[Row] = []
     for batch in batches:
@@ -291,11 +300,14 @@ def compare(
             makers: dict[str, Callable[[], Any]] = {
                 "recipe": lambda n=recomputed: peft(case, n, recipe=True),
                 "tuned": lambda n=recomputed: peft(case, n, recipe=False),
-                "ours, norms apart": lambda n=recomputed: ours(case, n, norms=False),
-                "ours": lambda n=recomputed: ours(case, n),
-                "ours, graphs, norms apart": lambda n=recomputed: ours(case, n, replayed=True, norms=False),
-                "ours, graphs": lambda n=recomputed: ours(case, n, replayed=True),
             }
+            for name in (name for name in VARIANTS if name.startswith("ours")):
+                options: dict[str, Any] = {
+                    "replayed": "graphs" in name,
+                    "norms": "apart" not in name,
+                    "loss": loss,
+                }
+                makers[name] = functools.partial(ours, case, recomputed, **options)
             here: dict[str, Row] = {}
             for name in variants:
                 if case.device == "cpu" and "graphs" in name:
@@ -324,13 +336,18 @@ def compare(
                         here[name][f"MiB x {peer}"] = here[name]["peak MiB"] / here[peer]["peak MiB"]
             if recomputed and case.device == "cuda" and "tuned" in here and "ours" in here:
                 available = int(here["tuned"]["peak MiB"] * 2**20)
-                model = ours(case, 0)
+                model = ours(case, 0, loss=loss)
                 plan = recompute.plan(
-                    model, batch_size=batch, length=case.length, recompute="auto", available=available
+                    model,
+                    batch_size=batch,
+                    length=case.length,
+                    recompute="auto",
+                    available=available,
+                    loss_function=use_chunked_loss(model, loss),
                 )
                 del model
                 forget()
-                model = ours(case, plan.recomputed, replayed="ours, graphs" in here)
+                model = ours(case, plan.recomputed, replayed="ours, graphs" in here, loss=loss)
                 found = measure(case, model, batch, autocast=True, repeats=repeats)
                 del model
                 forget()
@@ -381,6 +398,9 @@ def main(argv: list[str] | None = None) -> int:
         default=["recipe", "tuned", "ours", "ours, graphs"],
         help=f"of {', '.join(map(repr, VARIANTS))}",
     )
+    parser.add_argument(
+        "--loss", choices=("auto", "liger", "chunked"), default="auto", help="ours, as qlora-finetune's"
+    )
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step to stderr")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path)
@@ -398,7 +418,12 @@ def main(argv: list[str] | None = None) -> int:
         rows = full(case, lengths, arguments.repeats)
     else:
         rows = compare(
-            case, arguments.batches, arguments.variants, arguments.repeats, profiled=arguments.profile
+            case,
+            arguments.batches,
+            arguments.variants,
+            arguments.repeats,
+            profiled=arguments.profile,
+            loss=arguments.loss,
         )
     print(table(rows))
     if arguments.json:

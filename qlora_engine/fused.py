@@ -12,6 +12,7 @@ up to rounding. Under torch.compile the unfused path is traced, and the compiler
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,11 @@ def set_fused(on: bool) -> bool:
 def on_gpu(x: Tensor) -> bool:
     """Whether the fused functions are worth it for ``x``."""
     return x.device.type == "cuda"
+
+
+def has_triton() -> bool:
+    """Whether Triton's kernels can be had: PyTorch for CUDA brings it along, but not on Windows."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def wanted(x: Tensor) -> bool:

@@ -49,15 +49,17 @@ class Part(NamedTuple):
 def enable(model: nn.Module, *, norms: bool = True) -> int:
     """Run what can be run together as one function; returns how many modules were switched.
 
-    Idempotent. ``qlora_engine.fused.set_fused(False)`` switches all of it off for the process.
+    Idempotent. ``qlora_engine.fused.set_fused(False)`` switches all of it off for the process. Without Triton
+    only query, key and value are.
 
     Args:
         model: With adapters attached.
         norms: RMSNorms and rotary embeddings, too.
     """
-    switched = fused_norms.enable(model) if norms else 0
+    triton = fused.has_triton()
+    switched = fused_norms.enable(model) if norms and triton else 0
     for module in model.modules():
-        if _has_lora(module, _MLP) and _is_silu(module) and "forward" not in module.__dict__:
+        if triton and _has_lora(module, _MLP) and _is_silu(module) and "forward" not in module.__dict__:
             module.forward = types.MethodType(_mlp_forward, module)
             switched += 1
         elif _has_lora(module, _QKV) and not hasattr(module.q_proj, "_shared_input"):

@@ -1,8 +1,8 @@
 """liger-kernel's fused linear cross entropy (Hsu et al. 2024, arXiv:2410.10989) in place of ours, on GPUs.
 
-Its kernel makes a chunk's logits into their gradient where they lie and reads them twice; ours (``loss.py``)
-needs a float32 copy beside them and reads them more often. Liger's own chunks are as large as the hidden
-states, 64 rows at 2048 tokens of Llama 3: each reads the head's whole weight, so it is asked for larger ones.
+Its kernel makes a chunk's logits into their gradient where they lie. Liger's own chunks are as large as the
+hidden states, 64 rows at 2048 tokens of Llama 3: each reads the head's whole weight, so it is asked for
+larger ones.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, most_rows: in
         float32 scalar.
     """
     labelled = (targets != IGNORED).nonzero().squeeze(1)
-    rows = hidden[labelled]
+    rows: Tensor = _Rows.apply(hidden, labelled)
     if not labelled.numel():
         return rows.float().sum()  # zero, and so are its gradients
     vocabulary, width = weight.shape
@@ -77,6 +77,21 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, most_rows: in
             size = {_CHUNKS: _factor(part.shape[0], vocabulary, width, most_rows)}
             total = total + _function()(part, head, wanted, reduction="sum", **size)
     return total
+
+
+class _Rows(torch.autograd.Function):
+    """``hidden[labelled]``; the indices differ, so that its gradient needs no sorting and adding up."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labelled: Tensor) -> Tensor:
+        ctx.save_for_backward(labelled)
+        ctx.shape = hidden.shape
+        return hidden.index_select(0, labelled)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (labelled,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.shape).index_copy_(0, labelled, grads[0]), None
 
 
 def chunk_rows(rows: int, vocabulary: int, hidden: int, most_rows: int) -> int:

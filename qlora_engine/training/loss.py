@@ -2,8 +2,8 @@
 
 Logits of a large vocabulary are the largest tensor of a training step: tokens x vocabulary x 4 bytes,
 several times. Here they exist for a chunk of rows at a time, only of rows that have a label, and the
-gradient of the hidden states is computed together with the loss, since the head is frozen. On GPUs
-liger-kernel does the same where it is installed (``liger.py``).
+gradient of the hidden states is computed together with the loss, since the head is frozen. On GPUs one kernel
+makes a chunk's logits their gradient: liger-kernel's where it is installed (``liger.py``), else ours.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_engine import fused
 from qlora_engine.errors import InputError
 
 from . import liger
@@ -32,18 +33,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None
     ) -> Tensor:
         wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wanted else None
+        labelled = (targets != IGNORED).nonzero().squeeze(1)
+        gradient = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if wanted else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         weight = weight.to(hidden.dtype)
         bias = None if bias is None else bias.to(hidden.dtype)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, hidden.shape[0], CHUNK_ROWS):
-                part = slice(start, start + CHUNK_ROWS)
-                losses, d = _chunk(F.linear(hidden[part], weight, bias), targets[part], softcap, wanted)
+            for part in labelled.split(CHUNK_ROWS):
+                logits = F.linear(hidden.index_select(0, part), weight, bias)
+                losses, d = _chunk(logits, targets.index_select(0, part), softcap, wanted)
                 total += losses.sum()
                 if gradient is not None:
-                    torch.mm(d, weight, out=gradient[part])
-                del d  # before the next chunk is made
+                    gradient.index_copy_(0, part, d @ weight)
+                del d, logits  # before the next chunk is made
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
@@ -54,11 +56,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return gradient * grads[0].to(gradient.dtype), None, None, None, None
 
 
+def in_one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernel computes the losses of a chunk."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and fused.has_triton()
+    )
+
+
 def _chunk(logits: Tensor, targets: Tensor, softcap: float | None, wanted: bool) -> tuple[Tensor, Tensor]:
     """Losses (rows,) in float32 or wider, and the logits' gradient in their own place where it is wanted.
 
-    One more tensor of the logits' shape lives meanwhile (two with ``softcap``): a step's peak is here.
+    Without Triton's kernel one more tensor of the logits' shape lives meanwhile (two with ``softcap``): a
+    step's peak is here.
     """
+    if in_one_kernel(logits.device, logits.dtype):
+        from quant.backends import triton_loss
+
+        losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+        triton_loss.cross_entropy(logits, targets, losses, softcap=softcap, gradient=wanted)
+        return losses, logits
     wide = logits if logits.element_size() >= 4 else torch.empty_like(logits, dtype=torch.float32)
     bent, capped = None, logits
     if softcap is not None:
@@ -95,8 +113,7 @@ def chunked_cross_entropy(
     Returns:
         float32 scalar.
     """
-    labelled = (targets != IGNORED).nonzero().squeeze(1)
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden[labelled], weight, bias, targets[labelled], softcap)
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, softcap)
     return loss
 
 
@@ -134,7 +151,9 @@ def use_chunked_loss(model: Any, which: str = "auto") -> str:
     return chosen
 
 
-def loss_bytes(loss: str, *, tokens: int, vocabulary: int, hidden: int, element_size: int) -> int:
+def loss_bytes(
+    loss: str, *, tokens: int, vocabulary: int, hidden: int, element_size: int, in_place: bool = False
+) -> int:
     """The most that the loss of a step holds at once on top of the layers' activations.
 
     Args:
@@ -143,20 +162,22 @@ def loss_bytes(loss: str, *, tokens: int, vocabulary: int, hidden: int, element_
         vocabulary: Columns of the logits.
         hidden: Columns of the hidden states.
         element_size: Bytes of one of those.
+        in_place: Triton's kernel computes a chunk.
 
     Returns:
-        Bytes: logits with what is computed from them, the labelled rows of the hidden states and their
-        gradient; without a chunked loss all logits in their own dtype, and two float32 tensors of that shape.
+        Bytes: the hidden states' gradient, logits with what is computed from them, and the labelled rows of
+        the hidden states, of a chunk or (liger) all; without a chunked loss all logits in their own dtype,
+        and two float32 tensors of that shape.
     """
-    rows = 2 * tokens * hidden * element_size
+    states = tokens * hidden * element_size
     if loss == "liger":
-        held = liger.chunk_rows(tokens, vocabulary, hidden, CHUNK_ROWS) * vocabulary * element_size
-    elif loss == "chunked":
-        wide = 4 if element_size < 4 else 0
-        held = min(tokens, CHUNK_ROWS) * vocabulary * (element_size + wide)
-    else:
-        held = tokens * vocabulary * (element_size + 8)
-    return rows + held
+        chunk = liger.chunk_rows(tokens, vocabulary, hidden, CHUNK_ROWS) * vocabulary * element_size
+        return 2 * states + chunk
+    if loss == "chunked":
+        wide = 4 if element_size < 4 and not in_place else 0
+        a_row = vocabulary * (element_size + wide) + 2 * hidden * element_size
+        return states + min(tokens, CHUNK_ROWS) * a_row
+    return 2 * states + tokens * vocabulary * (element_size + 8)
 
 
 def _softcap(base: Any) -> float | None:
@@ -205,8 +226,8 @@ def _forward(
         kwargs["attention_mask"] = packed_mask(kwargs["position_ids"], attention_dtype(self))
     backbone, head = getattr(self, self.base_model_prefix), self.get_output_embeddings()
     output = backbone(input_ids=input_ids, **kwargs)
-    hidden = output[0][:, :-1].flatten(0, 1)  # (tokens, hidden)
-    targets = labels[:, 1:].flatten().to(hidden.device)
+    hidden = output[0].flatten(0, 1)  # (tokens, hidden), uncut: a cut is a copy, and its gradient another
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().to(hidden.device)
     scale = _scale(self)
     hidden = hidden if scale == 1.0 else hidden * scale
     if loss == "liger":

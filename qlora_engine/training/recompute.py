@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qlora_engine.errors import InputError
 from quant.linear import QuantizedModule
 
-from .loss import loss_bytes
+from .loss import in_one_kernel, loss_bytes
 
 _PROBE_TOKENS = 128  # what a layer keeps is proportional to tokens; measured on so many
 LOSS_NAMES = {"liger": "liger-kernel", "chunked": "in chunks", "": "full logits"}
@@ -174,6 +174,7 @@ def plan(
         vocabulary=vocabulary,
         hidden=hidden,
         element_size=dtype.itemsize if dtype.is_floating_point else 4,
+        in_place=in_one_kernel(device, dtype),
     )
     decoded = [m.shape.numel() * 4 for m in model.modules() if isinstance(m, QuantizedModule)]
     workspace = max(decoded, default=0) // (1 if device.type == "cpu" else 2)

@@ -349,6 +349,17 @@ def test_fused_blocks_switches_them_along(make_model: Any, calls: Calls) -> None
     assert fused_blocks.disable(model) == 2 + 3 + 1
 
 
+def test_without_triton_only_query_key_and_value_are_switched(
+    make_model: Any, monkeypatch: pytest.MonkeyPatch, calls: Calls
+) -> None:
+    model = adapted(make_model, "llama")
+    want = loss_and_gradients(model)
+    monkeypatch.setattr(fused, "has_triton", lambda: False)
+    assert fused_blocks.enable(model) == 1
+    close(loss_and_gradients(model), want)
+    assert calls.taken() == (0, 0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu(dtype: torch.dtype, make_model: Any) -> None:

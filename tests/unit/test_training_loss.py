@@ -133,6 +133,34 @@ def test_sixteen_bits_round_the_logits_alone(dtype: torch.dtype, softcap: float 
     assert ((a.float() - d @ weight.float()).abs() <= bound + least).all()
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_in_one_kernel_the_same(
+    dtype: torch.dtype, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(module, "CHUNK_ROWS", 16)
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(40, 12, generator=generator).to(dtype).requires_grad_()
+    weight, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((50, 12), (50,)))
+    targets = torch.randint(50, (40,), generator=generator)
+    targets[3::4] = -100
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        loss = chunked_cross_entropy(hidden, weight, targets, bias, softcap)
+        return loss.detach(), torch.autograd.grad(3 * loss, hidden)[0]
+
+    want = run()
+    monkeypatch.setattr(module, "in_one_kernel", lambda device, dtype: True)
+    for a, b in zip(run(), want, strict=True):
+        scale = float(b.abs().max())
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=scale * (1e-5 if dtype == torch.float32 else 2e-3))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            chunked_cross_entropy(hidden, weight, targets, bias, softcap), want[0], rtol=1e-5, atol=1e-5
+        )
+
+
 @pytest.mark.parametrize(("dtype", "bytes_each"), [(torch.float32, 4), (torch.bfloat16, 6)])
 def test_holds_one_chunk_of_logits(
     dtype: torch.dtype, bytes_each: int, monkeypatch: pytest.MonkeyPatch
