@@ -5,28 +5,42 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+
+from qlora_engine import fused_blocks
+
 from .host import embedding_to_host, parse_offload
 from .loss import use_chunked_loss
 from .optimizers import state_bytes
+from .prepare import keeps_packed_rows_apart
 from .recompute import MemoryPlan, plan, unwrapped
-from .settings import Settings
+from .settings import Settings, precision_of
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def fit(model: Any, settings: Settings) -> MemoryPlan:
-    """Choose the model's loss, put its embedding where the settings want it, and plan a step.
+def fit(model: Any, settings: Settings, packed: bool | None = None) -> MemoryPlan:
+    """Fuse what can be on a GPU, choose the loss, put the embedding where it is wanted, and plan a step.
 
     Args:
         model: One of our PeftModels, on its device.
         settings: The run.
+        packed: Whether rows are packed; None: found out.
 
     Raises:
         InputError: the model does not allow what is asked for, or a step does not fit.
     """
     settings = within_window(model, settings)
     offload = parse_offload(settings.offload)
+    device = next(model.parameters()).device
+    if device.type == "cuda":  # first: fused layers keep less
+        fused_blocks.enable(model)
     loss_function = use_chunked_loss(model, settings.loss)
     if "embedding" in offload:
         embedding_to_host(model)
+    if packed is None:
+        vocabulary = unwrapped(model).config.get_text_config().vocab_size
+        packed = settings.packing != "off" and keeps_packed_rows_apart(model, vocabulary)
     return plan(
         model,
         batch_size=settings.batch_size,
@@ -36,6 +50,7 @@ def fit(model: Any, settings: Settings) -> MemoryPlan:
         optimizer_bytes=state_bytes(settings.optimizer),
         inputs_on_host="activations" in offload,
         loss_function=loss_function,
+        packed=_DTYPES[precision_of(settings.precision, device)] if packed else None,
     )
 
 

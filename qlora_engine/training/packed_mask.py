@@ -34,6 +34,11 @@ def packed_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(allowed[:, None], 0.0)
 
 
+def mask_bytes(batch: int, length: int, dtype: torch.dtype) -> int:
+    """Of ``packed_mask`` for so many rows and tokens."""
+    return batch * length * (-(-length // _ALIGNED) * _ALIGNED) * dtype.itemsize
+
+
 def attention_dtype(model: Any) -> torch.dtype:
     """Of the attention's products, autocast considered."""
     weight: Tensor = model.get_output_embeddings().weight

@@ -19,6 +19,7 @@ from qlora_engine.errors import InputError
 from quant.linear import QuantizedModule
 
 from .loss import in_one_kernel, loss_bytes
+from .packed_mask import mask_bytes, takes_packed_mask
 
 _PROBE_TOKENS = 128  # what a layer keeps is proportional to tokens; measured on so many
 LOSS_NAMES = {"liger": "liger-kernel", "chunked": "in chunks", "": "full logits"}
@@ -41,6 +42,7 @@ class MemoryPlan:
         per_layer: Kept by one layer that is not recomputed.
         available: The budget; 0 where there is none.
         loss_function: What computes the loss: "liger", "chunked", or "" for the model itself.
+        mask: What keeps packed rows apart, for all layers together.
     """
 
     layers: int
@@ -53,11 +55,12 @@ class MemoryPlan:
     per_layer: int
     available: int
     loss_function: str = "chunked"
+    mask: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.adapter + self.activations + self.loss + self.workspace
+        return self.weights + self.adapter + self.activations + self.mask + self.loss + self.workspace
 
     def lines(self) -> list[str]:
         """For people."""
@@ -69,6 +72,8 @@ class MemoryPlan:
             ("decoded weight", self.workspace),
             ("in all", self.total),
         ]
+        if self.mask:
+            rows.insert(3, ("attention masks of packed rows", self.mask))
         if self.available:
             rows.append(("available", self.available))
         return [f"{name:48s} {size / 2**30:8.2f} GiB" for name, size in rows]
@@ -140,6 +145,7 @@ def plan(
     optimizer_bytes: int = 8,
     inputs_on_host: bool = False,
     loss_function: str = "chunked",
+    packed: torch.dtype | None = None,
 ) -> MemoryPlan:
     """Measure the model and choose.
 
@@ -152,6 +158,7 @@ def plan(
         optimizer_bytes: Of optimizer state a trained parameter; 8: AdamW in float32.
         inputs_on_host: Recomputed layers keep their input in the host's memory.
         loss_function: What ``loss.use_chunked_loss`` gave.
+        packed: The dtype of the attention, where rows are packed; None: they are not.
 
     Raises:
         InputError: recompute is none of these, there are fewer layers, or "auto" finds that nothing fits.
@@ -183,6 +190,8 @@ def plan(
             (sum(p.numel() * p.element_size() for p in ly.parameters()) for ly in layers), default=0
         )
     passed_on = 0.0 if inputs_on_host else passed_on
+    one_mask = packed is not None and bool(loss_function) and takes_packed_mask(unwrapped(model))
+    mask = 0 if packed is None else mask_bytes(batch_size, length, packed)
 
     def with_recomputed(count: int) -> MemoryPlan:
         activations = tokens * (kept * (len(layers) - count) + passed_on * count + kept * (count > 0))
@@ -192,6 +201,8 @@ def plan(
             weights=frozen,
             adapter=adapter,
             activations=int(activations),
+            # else each layer makes one and keeps it, one that is computed again for that long
+            mask=mask if one_mask else mask * (len(layers) - count + (count > 0)),
             loss=loss,
             workspace=workspace,
             per_layer=int(kept * tokens),

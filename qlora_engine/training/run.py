@@ -94,7 +94,7 @@ def finetune(
         notes.append(f"the model has positions for {settings.max_length} tokens: rows are cut there")
     if settings.early_stopping and validation is None:
         raise InputError("early stopping needs validation rows")
-    memory = fit(model, settings)
+    memory = fit(model, settings, collator.packed)
     if not memory.loss_function:
         notes.append("this model's head does not allow the chunked loss: full logits are computed")
     if show_plan is not None:
@@ -155,16 +155,13 @@ def finetune(
 
 
 def _make_ready(model: Any, recomputed: int, *, on_host: bool) -> None:
-    """Checkpoint as many layers as planned; on a GPU, fuse what can be."""
+    """Checkpoint as many layers as planned."""
     recompute.apply(model, recomputed)
     if recomputed:
         recompute.unwrapped(model).enable_input_require_grads()
         if on_host:
             activations_to_host(model)
     if next(model.parameters()).device.type == "cuda":
-        from qlora_engine import fused_blocks
-
-        fused_blocks.enable(model)
         torch.cuda.reset_peak_memory_stats()
 
 

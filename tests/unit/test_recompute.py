@@ -78,3 +78,26 @@ def test_apply_checkpoints_the_last_layers_and_changes_no_gradient(model: Any) -
     for count in (1, 2):
         for a, b in zip(gradients(count), want, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("of_a_layer", [False, True])
+def test_masks_of_packed_rows_are_counted(of_a_layer: bool, make_model: Any) -> None:
+    """One for all layers; where a model makes its own, one for each not recomputed and for one that is."""
+    from qlora_engine import LoraConfig, get_peft_model
+
+    base = make_model("llama")
+    if of_a_layer:
+        base.config.sliding_window = 64
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    each = 2 * 50 * 64 * 2  # rows of 50 tokens, each padded to 64 numbers of 16 bits
+
+    def plan(count: int, packed: torch.dtype | None = torch.bfloat16) -> recompute.MemoryPlan:
+        return recompute.plan(model, batch_size=2, length=50, recompute=count, packed=packed)
+
+    assert plan(0, None).mask == 0
+    assert not any("mask" in line for line in plan(0, None).lines())
+    assert any("mask" in line for line in plan(0).lines())
+    for count in (0, 1, 2):
+        assert plan(count).mask == each * ((2 - count + (count > 0)) if of_a_layer else 1)
+        assert plan(count).total - plan(count, None).total == plan(count).mask
+        assert plan(count, torch.float32).mask == 2 * plan(count).mask
