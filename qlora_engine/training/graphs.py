@@ -175,11 +175,12 @@ class GraphedLayers:
                     layer.places[index] = known
         self._statics = [source.detach().clone() for source in sources]
         self._sources = [None] * len(sources)
+        collecting = gc.isenabled()
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             forget_workspaces(device)  # the graphs have theirs
-        collecting = gc.isenabled()
-        gc.collect()
+            torch.cuda.empty_cache()  # what the first step left serves no graph, and none can ask for it back
         gc.disable()  # freeing the last step's tensors is not to be part of a graph
         try:
             with _without_autocast_cache(device.type):
