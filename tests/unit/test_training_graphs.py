@@ -234,3 +234,35 @@ def test_graphs_that_cannot_be_are_refused_only_when_asked_for(make_model: Any) 
     assert graphs.enable(model, "off") is None
     with pytest.raises(InputError, match=r"cuda_graphs='on': of a reason; allowed here: auto, off"):
         graphs.enable(model, "on", "of a reason")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recomputed", [0, 1, 2])
+def test_fused_layers_in_graphs_on_a_gpu(recomputed: int, make_model: Any) -> None:
+    """Quantised layers with their kernels under autocast: the gradients of the same layers without graphs."""
+    from qlora_engine import LoftQConfig, fused_blocks
+
+    config = LoraConfig(
+        r=4, target_modules="all-linear", init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=4)
+    )
+    plain = get_peft_model(make_model("qwen3", dtype=torch.bfloat16), config).cuda().train()
+    recompute.apply(plain, recomputed)
+    if recomputed:
+        recompute.unwrapped(plain).enable_input_require_grads()
+    fused_blocks.enable(plain)
+    replayed = copy.deepcopy(plain)
+    switched = graphs.enable(replayed, "on")
+    assert switched is not None
+    for batch in batches(4):
+        found = []
+        for model in (plain, replayed):
+            model.zero_grad()
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = model(**batch).loss
+            loss.backward()
+            found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        assert len(found[0]) == len(found[1]) == 1 + 2 * 7 * 2
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * float(b.abs().max()))
+    assert switched.failure is None
+    assert switched.ready
