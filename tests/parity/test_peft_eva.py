@@ -32,6 +32,7 @@ from qlora_engine import (
     initialize_lora_eva_weights,
 )
 from qlora_engine.running_pca import RunningPCA
+from tests.parity.releases import since
 
 peft = pytest.importorskip("peft")
 theirs = pytest.importorskip("peft.tuners.lora.eva")
@@ -139,6 +140,7 @@ def test_same_directions_ranks_and_adapter(options: Any) -> None:
         assert "lora_B" not in name or (not p.any() and not q.any())
 
 
+@since("0.20", "masked labels count")
 @pytest.mark.filterwarnings("ignore:lora with eva")
 def test_of_a_language_model_only_tokens_that_count_do(make_model: Any) -> None:
     """Padding and masked labels are left out; the result is that of the kept tokens' inputs alone."""

@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 
 import qlora_engine as ours
 from qlora_engine.lora_param import ParamWrapper
+from tests.parity.releases import since
 
 peft = pytest.importorskip("peft")
 
 pytestmark = [
+    since("0.20", "knows no stacked experts by their former names"),
     pytest.mark.filterwarnings("ignore:target_modules=.*were set but no module"),
     pytest.mark.filterwarnings(
         "ignore:The following (rank|alpha)_pattern keys did not match"

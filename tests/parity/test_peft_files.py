@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import qlora_engine as ours
+from tests.parity.releases import older_than
 
 peft = pytest.importorskip("peft")
 
@@ -45,7 +46,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "rslora, patterns": [{"use_rslora": True, "rank_pattern": {"lin": 2}, "alpha_pattern": {"conv": 5}}],
     "lora_bias": [{"lora_bias": True, "target_modules": ["lin", "gpt", "conv"]}],
     "bias all": [{"bias": "all"}],
-    "bias lora_only": [{"bias": "lora_only"}],
+    "bias lora_only": [{"bias": "lora_only"}],  # PEFT before 0.21 saves no bias then
     "modules_to_save": [{"modules_to_save": ["head"]}],
     "trainable tokens": [{"target_modules": ["lin"], "trainable_token_indices": {"emb": [1, 4]}}],
     "several": [{}, {"r": 2, "use_dora": True, "target_modules": ["lin"]}, {"modules_to_save": ["head"]}],
@@ -70,7 +71,9 @@ def noisy(library: Any, base: nn.Module, variant: str) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [name for name in VARIANTS if name != "bias lora_only" or not older_than("0.21")]
+)
 @pytest.mark.parametrize(("writer", "reader"), [(peft, ours), (ours, peft)], ids=["read", "written"])
 def test_adapters_change_hands(writer: Any, reader: Any, variant: str, tmp_path: Path) -> None:
     base = Net()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import qlora_engine as ours
 from qlora_engine.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from tests.parity.releases import since
 
 peft = pytest.importorskip("peft")
 theirs = pytest.importorskip("peft.utils.hotswap")
@@ -46,6 +47,7 @@ def load(folder: Path) -> tuple[Any, Any]:
     )  # type: ignore[return-value]
 
 
+@since("0.20", "a smaller adapter leaves something of the larger one")
 @pytest.mark.parametrize("target_rank", [None, 8])
 @pytest.mark.parametrize("ranks", [(4, 4), (8, 2), (2, 8)])
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_bias": True}], ids=str)

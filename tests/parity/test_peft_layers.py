@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import qlora_engine as ours
+from tests.parity.releases import older_than, same_settings, since
 
 peft = pytest.importorskip("peft")
 
@@ -192,7 +193,7 @@ def assert_same_files(theirs: Any, mine: Any, folder: Path) -> None:
     mine.save_pretrained(folder / "ours")
     for name in theirs.peft_config:
         a, b = folder / "theirs" / name, folder / "ours" / name
-        assert as_written(b) == as_written(a)
+        assert same_settings(as_written(b), as_written(a))
         wanted = load_file(a / "adapter_model.safetensors")
         got = load_file(b / "adapter_model.safetensors")
         assert set(got) == set(wanted)
@@ -203,6 +204,8 @@ def assert_same_files(theirs: Any, mine: Any, folder: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "option"), cases())
 def test_everything_is_the_same(kind: str, option: str, tmp_path: Path) -> None:
+    if option == "bias lora_only" and older_than("0.21"):
+        pytest.skip("PEFT before 0.21 saves no bias then")
     theirs, mine = pair({**KINDS, **BIASED}[kind], OPTIONS[option])
     assert list(mine.state_dict()) == list(theirs.state_dict())
     assert [n for n, _ in mine.named_parameters()] == [n for n, _ in theirs.named_parameters()]
@@ -231,6 +234,7 @@ def test_everything_is_the_same(kind: str, option: str, tmp_path: Path) -> None:
     assert [type(m) for m in b.modules()] == [type(m) for m in a.modules()]
 
 
+@since("0.19", "the norm is computed elsewhere")
 def test_dora_in_groups_divides_by_the_norm_of_what_it_adds() -> None:
     """The branch's kernel, found by convolving unit impulses, and the base's: PEFT's norm is of neither."""
     theirs, mine = pair(["group"], OPTIONS["dora"])
@@ -270,6 +274,8 @@ def test_same_seed_same_start(kind: str, init: Any) -> None:
 def test_several_adapters(second: str, tmp_path: Path) -> None:
     """One after the other, both at once, merged in either order, and one deleted."""
     kind = "conv2d" if second == "trainable tokens" else "all"
+    if second == "dora" and older_than("0.21"):
+        pytest.skip("PEFT before 0.21: the second DoRA adapter is merged by another norm")
     theirs, mine = pair(KINDS[kind], {}, {**OPTIONS[second], "r": 3})
     if second == "trainable tokens":
         with pytest.raises(KeyError):
@@ -281,7 +287,7 @@ def test_several_adapters(second: str, tmp_path: Path) -> None:
         for name, tensor in mine.state_dict().items():
             if "lora_" in name or "trainable_tokens_delta" in name:
                 assert torch.equal(loaded[name], tensor), name
-    else:
+    elif not older_than("0.20"):  # PEFT before it saves adapter "q" of the layer "gpt" with "p"
         assert_same_files(theirs, mine, tmp_path)
     for active in ("q", "p"):
         theirs.set_adapter(active)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import qlora_engine as ours
+from tests.parity.releases import older_than
 
 peft = pytest.importorskip("peft")
 
@@ -90,6 +91,8 @@ def test_same_merged_weights(option: str, safe_merge: bool) -> None:
 @pytest.mark.parametrize("names", [["p"], ["q"], ["p", "q"]], ids=str)
 @pytest.mark.parametrize("option", ["plain", "dora", "lora_bias"])
 def test_same_merged_weights_of_some_adapters(option: str, names: list[str]) -> None:
+    if option == "dora" and len(names) == 2 and older_than("0.21"):
+        pytest.skip("PEFT before 0.21: the second DoRA adapter is merged by another norm")
     theirs, mine = pair(OPTIONS[option], {**OPTIONS[option], "r": 2})
     for model in (theirs, mine):
         model.merge_adapter(names)

@@ -11,6 +11,7 @@ import pytest
 from torch import nn
 
 import qlora_engine as ours
+from tests.parity.releases import since
 
 peft = pytest.importorskip("peft")
 
@@ -56,6 +57,7 @@ STATES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@since("0.21", "other fields and other answers")
 @pytest.mark.parametrize("state", STATES)
 def test_same_status(state: str) -> None:
     results = []
@@ -70,6 +72,7 @@ def test_same_status(state: str) -> None:
     assert our_model == their_model
 
 
+@since("0.20", "no quantization_backend")
 def test_same_fields() -> None:
     from peft.peft_model import TunerLayerStatus, TunerModelStatus
 
@@ -82,6 +85,7 @@ def test_same_fields() -> None:
         assert [f.name for f in dataclasses.fields(mine)] == [f.name for f in dataclasses.fields(theirs)]
 
 
+@since("0.20", "no quantization_backend")
 def test_quantised_backend_is_filled_in() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     found = []

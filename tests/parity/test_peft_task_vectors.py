@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qlora_engine import task_vectors
+from tests.parity.releases import older_than, since
 
 merge_utils = pytest.importorskip("peft.utils.merge_utils")
 
@@ -30,6 +31,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "arguments"), CASES)
 def test_same_numbers_as_peft(name: str, arguments: dict[str, Any]) -> None:
+    if name.startswith("dare") and older_than("0.19"):
+        pytest.skip("PEFT before 0.19: what is kept is not rescaled")
     torch.manual_seed(1)
     theirs = getattr(merge_utils, name)(TENSORS, WEIGHTS, **arguments)
     torch.manual_seed(1)
@@ -44,6 +47,7 @@ def test_same_majority_as_peft(method: Any) -> None:
     assert torch.equal(ours, merge_utils.calculate_majority_sign_mask(stack, method))
 
 
+@since("0.19", "what is kept is not rescaled")
 def test_dare_at_density_zero_is_zero_where_peft_divides_by_zero() -> None:
     assert merge_utils.dare_linear(TENSORS, WEIGHTS, 0.0).isnan().all()
     assert not task_vectors.dare_linear(TENSORS, WEIGHTS, 0.0).any()
