@@ -23,7 +23,7 @@ from quant import QuantSpec
 from .allocate import Allocation, allocate, candidate_specs, layer_choices
 from .calibration import calibrate
 from .calibration_result import Calibration
-from .errors import InputError
+from .errors import InputError, in_short
 from .files import Lock, write_json
 from .options import InitOptions
 from .plan import Plan
@@ -137,7 +137,7 @@ def obtain(
         calibrate(
             plan.checkpoint.folder,
             read_windows(source, plan),
-            [layer.path for layer in plan.layers if layer.module.kind != "embedding"],
+            [layer.path for layer in plan.layers if layer.module.kind != "embedding" and not layer.stack],
             device=device,
             max_full_width=widest_full_moment(memory_of(device)),
             sensitivity_windows=SENSITIVITY_WINDOWS if sensitivities else 0,
@@ -221,7 +221,8 @@ def share_out(
         minded = ((layer.path, calibration.sensitivity(layer.path)) for layer in plan.layers)
         known = {path: values for path, values in minded if values is not None}
     # The calibration reads one H at a time: that of the layer being measured.
-    choices = layer_choices(weights(), specs, calibration, known)
+    groups = {layer.path: layer.stack for layer in plan.layers if layer.stack}  # one width for a stack
+    choices = layer_choices(weights(), specs, calibration, known, groups=groups)
     with _no_c_output():
         allocation = allocate(choices, budget)
     notes = [
@@ -295,8 +296,8 @@ def _tokenizer(plan: Plan) -> Any:
             plan.checkpoint.folder, trust_remote_code=plan.options.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        line = (str(error).strip().splitlines() or [""])[0]
-        raise InputError(f"{plan.checkpoint.folder} has no tokenizer to read texts with: {line}") from error
+        folder = plan.checkpoint.folder
+        raise InputError(f"{folder} has no tokenizer to read texts with: {in_short(error)}") from error
 
 
 def _read(path: Path) -> Any:

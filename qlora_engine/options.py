@@ -88,6 +88,7 @@ class InitOptions:
         target_modules: Names, one regex, or "all-linear".
         exclude_modules: Names or one regex.
         quantize_rest: Quantise the Linears without an adapter too.
+        quantize_experts: Quantise stacked experts; None: where the native format is saved anyway.
         dtype: Of the model: what is not quantised is converted to it; "auto" leaves it as it is.
         adapter_dtype: Of A and B.
         max_shard_size: Bytes of a weight file.
@@ -118,6 +119,7 @@ class InitOptions:
     target_modules: tuple[str, ...] | str = "all-linear"
     exclude_modules: tuple[str, ...] | str = ()
     quantize_rest: bool = False
+    quantize_experts: bool | None = None
     dtype: str = "auto"
     adapter_dtype: str = "float32"
     max_shard_size: int = 5_000_000_000

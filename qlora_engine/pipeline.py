@@ -20,7 +20,7 @@ import torch
 
 from .adapter_io import write_adapter
 from .calibration_result import Calibration
-from .checkpoint import CONFIG_FILE, shard_names, split_shards, write_index
+from .checkpoint import CONFIG_FILE, natural_order, shard_names, split_shards, write_index
 from .config import LoraConfig
 from .distributed import barrier, from_main, together, world
 from .errors import InputError
@@ -239,8 +239,9 @@ def _check_space(plan: Plan, workspace: Workspace) -> None:
 
 def _sizes(plan: Plan) -> dict[str, int]:
     """Bytes that each tensor on disk becomes, by its name, in natural order."""
-    sizes = {entry.name: plan.rest_bytes(entry) for entry in plan.checkpoint.tensors.values()}
-    return sizes | {layer.entry.name: plan.layer_bytes(layer) + _TABLES for layer in plan.layers}
+    sizes = {entry.name: plan.rest_bytes(entry) for entry in plan.rest}
+    sizes |= {layer.entry.name: plan.layer_bytes(layer) + _TABLES for layer in plan.layers}
+    return {name: sizes[name] for name in sorted(sizes, key=natural_order)}
 
 
 def _calibration_notes(calibration: Calibration | None) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from .architecture import Architecture, Home, ModuleInfo
 from .checkpoint import Checkpoint, natural_order
 from .config import LoraConfig
 from .errors import InputError, did_you_mean
+from .expert_plan import ExpertEntry, expert_matrices
 from .options import InitOptions
 from .safetensors_io import DTYPE_BITS, FLOAT_DTYPES, TensorEntry
 from .targets import (
@@ -41,7 +42,7 @@ class LayerPlan:
     Attributes:
         index: Position in the plan.
         module: Its module.
-        entry: Its tensor on disk.
+        entry: Its tensor on disk, or what makes one expert of several.
         spec: How it will be quantised.
         rank: Of its adapter; 0: none.
         alpha: lora_alpha of its adapter.
@@ -50,7 +51,7 @@ class LayerPlan:
 
     index: int
     module: ModuleInfo
-    entry: TensorEntry
+    entry: TensorEntry | ExpertEntry
     spec: QuantSpec
     rank: int
     alpha: float
@@ -65,6 +66,11 @@ class LayerPlan:
     def numel(self) -> int:
         """Weights in it."""
         return self.entry.numel
+
+    @property
+    def stack(self) -> str | None:
+        """Of an expert the stacked Parameter that it is in."""
+        return self.entry.stack if isinstance(self.entry, ExpertEntry) else None
 
     def factor_bytes(self, element: int) -> int:
         """Bytes of A and B with ``element`` bytes an element."""
@@ -99,6 +105,15 @@ class Plan:
     def largest(self) -> LayerPlan:
         """The layer that decides how much memory is needed."""
         return max(self.layers, key=lambda layer: layer.numel)
+
+    @property
+    def rest(self) -> list[TensorEntry]:
+        """The tensors on disk that no layer is made from."""
+        taken: set[str] = set()
+        for layer in self.layers:
+            entry = layer.entry
+            taken.update(entry.sources if isinstance(entry, ExpertEntry) else (entry.name,))
+        return [entry for entry in self.checkpoint.tensors.values() if entry.name not in taken]
 
     def layer_bytes(self, layer: LayerPlan) -> int:
         """Bytes of a layer's weight as it will be saved (bitsandbytes' small tables not counted)."""
@@ -225,6 +240,58 @@ def _checked(entry: TensorEntry, module: ModuleInfo) -> TensorEntry:
     return entry
 
 
+def _experts(
+    checkpoint: Checkpoint, architecture: Architecture, options: InitOptions, is_native: bool
+) -> tuple[list[tuple[ModuleInfo, ExpertEntry]], list[str]]:
+    """The experts to quantise, and notes. ``is_native``: the rest is saved in the native format."""
+    wanted = options.quantize_experts
+    if wanted and options.save_format in ("bnb", "dense"):
+        why = (
+            "transformers with bitsandbytes quantises Linears alone"
+            if options.save_format == "bnb"
+            else "their layout on disk is not written"
+        )
+        raise InputError(
+            f"--quantize-experts with --save-format {options.save_format}: {why}; choose native, or "
+            "leave the experts dense"
+        )
+    if wanted is False or (wanted is None and not is_native):
+        return [], []
+    found, left = expert_matrices(checkpoint, architecture)
+    found = [(module, entry) for module, entry in found if not _is_excluded(options, entry)]
+    notes = []
+    if left:
+        notes.append(
+            f"{len(left)} stacks of experts stay dense, e.g. '{left[0]}': what they are made from on disk is "
+            "incomplete, not floating point, or put together in a way that is not known here"
+        )
+    if wanted and not found:
+        notes.append("--quantize-experts: this model has no stacked experts that can be quantised")
+    if found:
+        stacks = {entry.stack for _, entry in found}
+        notes.append(
+            f"{len(found)} experts in {len(stacks)} stacks, {sum(e.numel for _, e in found):,} weights, are "
+            "quantised without adapters; qlora_engine loads them, transformers with bitsandbytes does not "
+            "(--no-quantize-experts keeps them dense)"
+        )
+    return found, notes
+
+
+def _is_excluded(options: InitOptions, entry: ExpertEntry) -> bool:
+    """Whether ``exclude_modules`` names the expert, its stack or the module that has it."""
+    paths = (entry.name, entry.stack, entry.stack.rpartition(".")[0])
+    if isinstance(options.exclude_modules, str):
+        return any(re.fullmatch(options.exclude_modules, path) for path in paths)
+    return any(f".{path}".endswith(f".{name}") for name in options.exclude_modules for path in paths)
+
+
+def _spec_of_expert(options: InitOptions, entry: ExpertEntry) -> QuantSpec:
+    """``bits_pattern`` may name the stack as it would a Linear, or the one expert."""
+    patterns = list(options.bits_pattern)
+    key = get_pattern_key(patterns, entry.stack)
+    return options.spec_for(key if key in options.bits_pattern else get_pattern_key(patterns, entry.name))
+
+
 def _fused_note(checkpoint: Checkpoint, architecture: Architecture, homes: dict[str, Home]) -> list[str]:
     """Mixture-of-experts weights, which are one stacked parameter in memory, whatever they are on disk."""
     stacked = {
@@ -238,7 +305,7 @@ def _fused_note(checkpoint: Checkpoint, architecture: Architecture, homes: dict[
     count = sum(checkpoint.tensors[key].numel for key in keys)
     return [
         f"{len(keys)} tensors with {count:,} weights belong to fused or stacked parameters (experts) and "
-        f"stay as they are, e.g. '{keys[0]}'"
+        f"stay as they are, e.g. '{keys[0]}'; --quantize-experts quantises them, for this engine's loader"
     ]
 
 
@@ -325,7 +392,6 @@ def make_plan(checkpoint: Checkpoint, architecture: Architecture, options: InitO
         notes.append(
             f"{len(left)} Linears are put together from several tensors and stay dense, e.g. '{left[0]}'"
         )
-    notes += _fused_note(checkpoint, architecture, homes)
     modules = sorted(
         (module for module in modules if module.path in entries),
         key=lambda module: natural_order(entries[module.path].name),
@@ -335,6 +401,11 @@ def make_plan(checkpoint: Checkpoint, architecture: Architecture, options: InitO
     save_format, why_native = _save_format(options, specs, {m.path: m.kind for m in modules})
     if why_native is not None:
         notes.append(f"saved in the native format: {why_native}")
+    experts, about_experts = _experts(checkpoint, architecture, options, save_format == "native")
+    if experts and save_format == "bnb":
+        save_format = "native"
+        notes.append("saved in the native format: quantised experts have no other")
+    notes += about_experts or _fused_note(checkpoint, architecture, homes)
     if save_format == "bnb":
         stuck = [module.path for module in modules if not module.stock_4bit]
         if stuck:
@@ -349,8 +420,14 @@ def make_plan(checkpoint: Checkpoint, architecture: Architecture, options: InitO
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         layers = _layers(modules, entries, specs, adapted, options)
+    start = len(layers)
+    layers += tuple(
+        LayerPlan(start + n, module, entry, _spec_of_expert(options, entry), rank=0, alpha=1, scaling=1.0)
+        for n, (module, entry) in enumerate(experts)
+    )
     notes += [str(warning.message) for warning in caught[:1]]  # the same key would warn for every layer
-    notes += _unused_patterns(options, [layer.path for layer in layers])
+    names = [layer.path for layer in layers] + sorted({layer.stack for layer in layers if layer.stack})
+    notes += _unused_patterns(options, names)
     notes += _misread_note(layers) if save_format == "bnb" else []
     quantised = {module.path for module in modules}
     return Plan(

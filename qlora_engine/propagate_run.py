@@ -60,8 +60,12 @@ Kept = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 def reached(plan: Plan) -> list[LayerPlan]:
-    """The layers that are solved on the way: all with inputs that a second moment can be taken of."""
-    return [layer for layer in plan.layers if layer.module.kind != "embedding"]
+    """The layers that are solved on the way: all with inputs that a second moment is taken of.
+
+    Embeddings and stacked experts are not among them: they are solved afterwards, and until then the texts
+    run through the originals.
+    """
+    return [layer for layer in plan.layers if layer.module.kind != "embedding" and not layer.stack]
 
 
 def solve_behind(

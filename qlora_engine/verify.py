@@ -83,8 +83,7 @@ def verify(plan: Plan, out: Path, progress: Callable[[str], None] | None = None)
             continue
         if difference >= worst:
             worst, where = difference, layer.path
-    quantised = {layer.entry.name for layer in plan.layers}
-    others = [entry for entry in plan.checkpoint.tensors.values() if entry.name not in quantised]
+    others = plan.rest
     for entry in others:
         found = stored.checkpoint.tensors.get(entry.name)
         if found is None or _hash(found) != _hash(rest_tensor(plan, entry)):

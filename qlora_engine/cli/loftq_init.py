@@ -133,6 +133,14 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
             {"default": False, "help": "Quantise the other Linears, too, without an adapter. [no]"},
         ),
         (
+            ("--quantize-experts/--no-quantize-experts",),
+            {
+                "default": None,
+                "help": "Quantise stacked experts, too, without an adapter; saved natively. [yes where the "
+                "native format is saved anyway]",
+            },
+        ),
+        (
             ("--save-format",),
             {
                 **text,
@@ -186,7 +194,7 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
     "original weights as it can be. Transformers with bitsandbytes and PEFT load both.",
 )
 @click.argument("model")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=common.UserPath())
 @_options
 def command(model: str, out: Path, **given: Any) -> int:
     """The command's body; see ``--help``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -19,6 +20,7 @@ from rich.text import Text
 from qlora_engine import distributed, inits
 from qlora_engine.cli import common
 from qlora_engine.errors import InputError
+from qlora_engine.files import at_home
 from qlora_engine.options import FORMAT_OF_BITS, InitOptions, default_iters, init_methods
 from qlora_engine.plan import STORED_DTYPE, LayerPlan, Plan
 from qlora_engine.report import LayerReport, RunReport, dumps
@@ -36,8 +38,9 @@ def how_to_go_on() -> str:
     out = _state.get("out")
     if out is None:
         return ""
-    root = Workspace.folder_for(Path(out).resolve())
-    return f"; finished layers are kept in {root}, --resume goes on" if (root / RUN_FILE).exists() else ""
+    root = Workspace.folder_for(Path(os.path.realpath(out)))
+    kept = os.path.exists(root / RUN_FILE)  # where Path.exists raises, for a name that is too long, False
+    return f"; finished layers are kept in {root}, --resume goes on" if kept else ""
 
 
 def parse_options(given: dict[str, Any]) -> InitOptions:
@@ -64,8 +67,8 @@ def parse_options(given: dict[str, Any]) -> InitOptions:
         raise InputError("--together is for methods without calibration; leave it or --calibration out")
     same = (
         "block_size", "double_quant", "rank", "alpha", "rslora", "scales", "svd", "seed", "damping",
-        "propagate", "together", "quantize_rest", "dtype", "adapter_dtype", "max_shard_size", "save_format",
-        "trust_remote_code",
+        "propagate", "together", "quantize_rest", "quantize_experts", "dtype", "adapter_dtype",
+        "max_shard_size", "save_format", "trust_remote_code",
     )  # fmt: skip
     return InitOptions(
         method=method,
@@ -175,7 +178,7 @@ def _source(given: dict[str, Any]) -> Any:
     from qlora_engine.calibrated_run import Source
 
     paths = {
-        field: None if given[option] is None else Path(given[option]).expanduser()
+        field: None if given[option] is None else at_home(given[option])
         for field, option in (
             ("texts", "calibration"),
             ("load", "load_calibration"),
@@ -269,10 +272,7 @@ def run_facts(report: RunReport) -> dict[str, Any]:
 
 def bytes_out(plan: Plan) -> int:
     """Bytes of the weight files to come."""
-    quantised = {layer.entry.name for layer in plan.layers}
-    rest = sum(
-        plan.rest_bytes(entry) for entry in plan.checkpoint.tensors.values() if entry.name not in quantised
-    )
+    rest = sum(plan.rest_bytes(entry) for entry in plan.rest)
     return rest + sum(plan.layer_bytes(layer) for layer in plan.layers)
 
 
