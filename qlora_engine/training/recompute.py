@@ -277,7 +277,7 @@ def _measure(model: nn.Module, layers: list[nn.Module], tokens: int) -> tuple[fl
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own and tensor.dtype != torch.uint8:  # gathered codes are not kept
                 seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # an output that is saved as it is would hold itself, and the whole graph
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield

@@ -101,3 +101,20 @@ def test_masks_of_packed_rows_are_counted(of_a_layer: bool, make_model: Any) -> 
         assert plan(count).mask == each * ((2 - count + (count > 0)) if of_a_layer else 1)
         assert plan(count).total - plan(count, None).total == plan(count).mask
         assert plan(count, torch.float32).mask == 2 * plan(count).mask
+
+
+def test_measuring_leaves_nothing_behind(model: Any) -> None:
+    """Outputs that autograd saves and hooks hand back as they are would keep all weights alive."""
+    import gc
+    import weakref
+
+    layers = recompute.decoder_layers(model)
+    planned(model)
+    kept = [weakref.ref(parameter) for layer in layers for parameter in layer.parameters()]
+    storages = [weakref.ref(buffer.untyped_storage()) for buffer in layers[0].buffers()]
+    base = model.get_base_model()
+    base.model.layers = torch.nn.ModuleList()  # the fixture holds the model itself
+    del layers
+    gc.collect()
+    assert kept
+    assert not any(ref() is not None for ref in kept + storages)
