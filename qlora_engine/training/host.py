@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_engine.errors import InputError
 from qlora_engine.tuner_layer import BaseTunerLayer
 
-from .recompute import decoder_layers, is_sharded, unwrapped
+from .recompute import decoder_layers, unwrapped
 
 OFFLOADS = ("embedding", "activations")
 
@@ -87,16 +87,20 @@ def embedding_to_host(model: Any) -> int:
 
 def activations_to_host(model: nn.Module) -> None:
     """Let recomputed layers keep their input on the host; call it after ``recompute.apply``."""
-    function = checkpoint_shards_on_host if is_sharded(model) else checkpoint_on_host
     for layer in decoder_layers(model):
-        layer._gradient_checkpointing_func = function  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = checkpoint_on_host  # type: ignore[assignment]
 
 
-def checkpoint_shards_on_host(function: Callable[..., Any], *inputs: Any) -> Any:
-    """``checkpoint_on_host`` for a layer whose weights FSDP gathers and frees again.
+def checkpoint_on_host(function: Callable[..., Any], *inputs: Any) -> Any:
+    """``function(*inputs)``, of which only ``inputs`` are kept for backward, on the host.
 
-    FSDP's hooks want the layer in one backward pass with the others: torch's own checkpointing does that,
-    and what it keeps of the inputs passes through the hooks here.
+    Backward brings them back and computes the rest again as far as it has to, with the random state of the
+    first time: torch's own checkpointing, in which FSDP can gather and free a layer's weights, and what it
+    keeps of the inputs passes through the hooks here.
+
+    Args:
+        function: A decoder layer.
+        inputs: Its positional arguments; what it has by keyword stays where it is.
     """
     with torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host):
         return checkpoint(function, *inputs, use_reentrant=False)
@@ -112,63 +116,3 @@ def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
 def _from_host(kept: tuple[torch.device, Tensor]) -> Tensor:
     device, host = kept
     return host.to(device, non_blocking=True)
-
-
-def checkpoint_on_host(function: Callable[..., Any], hidden: Tensor, *rest: Any) -> Any:
-    """``function(hidden, *rest)``, of which only ``hidden`` is kept for backward, on the host.
-
-    Backward brings it back and computes the rest again, with the random state of the first time.
-
-    Args:
-        function: A decoder layer; gradients reach ``hidden`` and whatever parameters it uses.
-        hidden: Its input, which must require a gradient.
-        rest: What needs no gradient.
-    """
-    return _Checkpoint.apply(function, rest, hidden)
-
-
-class _Checkpoint(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., Any], rest: tuple[Any, ...], hidden: Tensor) -> Any:
-        ctx.function, ctx.rest, ctx.device = function, rest, hidden.device
-        ctx.random = torch.get_rng_state()
-        ctx.autocast = (
-            torch.is_autocast_enabled(hidden.device.type),
-            torch.get_autocast_dtype(hidden.device.type),
-        )
-        if hidden.device.type == "cuda":
-            ctx.random_gpu = torch.cuda.get_rng_state(hidden.device)
-            host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
-            host.copy_(hidden, non_blocking=True)
-            ctx.copied = torch.cuda.Event()
-            ctx.copied.record()
-        else:
-            host = hidden.detach().clone()
-        ctx.save_for_backward(host)
-        with torch.no_grad():
-            return function(hidden, *rest)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (host,) = ctx.saved_tensors
-        on_gpu = ctx.device.type == "cuda"
-        if on_gpu:
-            ctx.copied.synchronize()
-        hidden = host.to(ctx.device, non_blocking=True).requires_grad_()
-        enabled, dtype = ctx.autocast
-        with torch.random.fork_rng(devices=[ctx.device] if on_gpu else []), torch.enable_grad():
-            torch.set_rng_state(ctx.random)
-            if on_gpu:
-                torch.cuda.set_rng_state(ctx.random_gpu, ctx.device)
-            with torch.autocast(ctx.device.type, dtype=dtype, enabled=enabled):
-                out = ctx.function(hidden, *ctx.rest)
-        outputs = out if isinstance(out, tuple) else (out,)
-        pairs = [
-            (o, g) for o, g in zip(outputs, grads, strict=True) if isinstance(o, Tensor) and o.requires_grad
-        ]
-        torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
-        return None, None, hidden.grad
-
-
-def _has_gradient(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad

@@ -99,8 +99,8 @@ def test_layer_inputs_on_the_host_change_no_gradient(dropout: float, make_model:
         torch.testing.assert_close(a, b)
 
 
-def test_only_the_input_is_kept(make_model: Any) -> None:
-    """What backward holds of a recomputed layer is a copy of its input, wherever that is asked for."""
+def test_only_the_input_is_kept(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What backward holds of a recomputed layer is a copy of its input on the host."""
     model = adapted(make_model("llama"))
     recompute.apply(model, 2)
     model.get_base_model().enable_input_require_grads()
@@ -108,20 +108,31 @@ def test_only_the_input_is_kept(make_model: Any) -> None:
     model.train()
     ids = torch.arange(32).reshape(2, 16)
     saved: list[torch.Tensor] = []
+    moved: list[torch.Tensor] = []
+    real = host._to_host
+
+    def to_host(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+        device, copy = real(tensor)
+        assert copy.data_ptr() != tensor.data_ptr()
+        moved.append(copy)
+        return device, copy
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         saved.append(tensor)
-        return tensor
+        return tensor.detach()
 
+    monkeypatch.setattr(host, "_to_host", to_host)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = model.get_base_model().model(input_ids=ids, use_cache=False)[0]
-    width = model.get_base_model().config.hidden_size
+    base = model.get_base_model()
+    shape = (2, 16, base.config.hidden_size)
     assert hidden.requires_grad
-    inputs = [tensor for tensor in saved if tensor.shape == (2, 16, width)]
-    layers = len(recompute.decoder_layers(model))
-    # one a layer; the final norm, which is not a layer, keeps its own input and what it made of it
-    assert layers <= len(inputs) <= layers + 3
-    assert not any(tensor.shape[-1] == model.get_base_model().config.intermediate_size for tensor in saved)
+    assert [tensor.shape for tensor in moved if tensor.dim() > 1] == [shape] * len(
+        recompute.decoder_layers(model)
+    )
+    # the final norm, which is not a layer, keeps its own input and what it made of it
+    assert len([tensor for tensor in saved if tensor.shape == shape]) <= 3
+    assert not any(tensor.shape[-1:] == (base.config.intermediate_size,) for tensor in saved + moved)
 
 
 def test_the_plan_counts_no_inputs_on_the_gpu(make_model: Any) -> None:
