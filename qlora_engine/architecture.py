@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import InputError
+from .errors import InputError, in_short
 
 MAX_LAYERS = 10_000  # far above any model; a hostile config must not make us build modules for ever
 # Heads of models without output embeddings; "all-linear" leaves them dense, as it does the output embeddings.
@@ -101,8 +101,8 @@ class Architecture:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    kind = type(error).__name__
+    return f"{kind}: {in_short(error)}" if str(error).strip() else kind
 
 
 def _check_size(config: Any) -> None:

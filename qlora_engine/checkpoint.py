@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -169,11 +170,15 @@ class Checkpoint:
             code: The model's own Python files too.
 
         Raises:
-            InputError: one of them is a link that leads out of the folder.
+            InputError: one of them is a link that leads out of the folder, or to nothing.
         """
         globs = (*SIDE_FILES, "*.py") if code else SIDE_FILES
-        found = {path for glob in globs for path in self.folder.glob(glob) if path.is_file()}
+        found = {path for glob in globs for path in self.folder.glob(glob)}
         for path in sorted(found):
+            if path.is_symlink() and not path.exists():  # as after a download that was cut off
+                raise InputError(f"{path} is a link to {os.readlink(path)}, which is not there")
+            if not path.is_file():
+                continue
             if not is_inside(path, self.folder):
                 raise InputError(f"{path} is a link to {path.resolve()}, outside the folder; copy the file")
             if not path.name.endswith((".safetensors", ".bin")):

@@ -13,6 +13,12 @@ class InputError(ValueError):
     """
 
 
+def in_short(error: BaseException) -> str:
+    """What another library says of an error: its first line, and the next after a colon; else its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` where something known is near, else nothing."""
     near = difflib.get_close_matches(name, list(known), n=1)

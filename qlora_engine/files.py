@@ -22,6 +22,11 @@ class Busy(InputError):
     """Another process holds the lock."""
 
 
+def at_home(path: str | bytes | Path) -> Path:
+    """``path`` with ``~`` or ``~user`` at its start as that home folder, where there is one."""
+    return Path(os.path.expanduser(os.fsdecode(path)))
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in ``folder`` (new, renamed, removed) survive a power cut."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

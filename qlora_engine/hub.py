@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from .checkpoint import CONFIG_FILE, INDEX_FILE, SIDE_FILES
-from .errors import InputError
+from .errors import InputError, in_short
+from .files import at_home
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -25,7 +26,7 @@ def find_model(name: str, *, revision: str | None = None, code: bool = False) ->
     Raises:
         InputError: neither a folder nor an id; not on the hub, private, or not cached while offline.
     """
-    path = Path(name).expanduser()
+    path = at_home(name)
     if path.is_dir():
         if revision is not None:
             raise InputError(f"--revision {revision} is for models of the hub; {name} is a folder")
@@ -43,7 +44,7 @@ def find_adapter(name: str) -> Path:
     Raises:
         InputError: see ``find_model``.
     """
-    path = Path(name).expanduser()
+    path = at_home(name)
     if path.is_dir():
         return path
     if path.exists():
@@ -76,7 +77,6 @@ def _fetch(name: str, revision: str | None, wanted: list[str]) -> Path:
             f"no folder named {name}; the hub's cache lacks it and the hub cannot be reached (offline?)"
         ) from error
     except HfHubHTTPError as error:
-        line = (str(error).strip().splitlines() or [""])[0]
-        raise InputError(f"no folder named {name}, and the hub refused it: {line}") from error
+        raise InputError(f"no folder named {name}, and the hub refused it: {in_short(error)}") from error
     except (OSError, ValueError) as error:
         raise InputError(f"no folder named {name}, and fetching it from the hub failed: {error}") from error

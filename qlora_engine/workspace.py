@@ -225,6 +225,9 @@ def check_output(out: Path, *, overwrite: bool) -> None:
             raise InputError(
                 f"{out} exists and is not empty; give another folder, or --overwrite to replace it"
             )
+        here = Path(os.path.realpath(os.curdir))
+        if Path(os.path.realpath(out)) in (here, *here.parents):
+            raise InputError(f"{out} is or holds the current folder and would be replaced; give another")
         if os.path.ismount(out):
             raise InputError(
                 f"{out} is a mount point, which cannot be replaced as a whole; give a folder in it"

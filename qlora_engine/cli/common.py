@@ -16,6 +16,7 @@ from rich.console import Console
 
 from qlora_engine.distributed import leave, lost_another, say_once
 from qlora_engine.errors import InputError, did_you_mean
+from qlora_engine.files import at_home
 
 INTERRUPTED = 130  # as a shell reports SIGINT
 _NAMES = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-,")
@@ -172,12 +173,24 @@ def parse_targets(option: str, values: Sequence[str]) -> tuple[str, ...] | str:
     return tuple(name for value in values for name in value.split(",") if name)
 
 
+class UserPath(click.Path):
+    """A path; ``~`` is the home folder also where no shell has seen it (quoted, ``--html=~/x.html``)."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The text as a Path."""
+        return at_home(os.fspath(super().convert(value, param, ctx)))
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """A recipe file, .toml, .yaml, .yml or .json: one table of option names and values.
 
     Raises:
         InputError: no such file, another ending, not readable, or not a table.
     """
+    path = at_home(path)
     if not path.is_file():
         raise InputError(f"--config: no such file: {path}")
     if path.stat().st_size > 10_000_000:

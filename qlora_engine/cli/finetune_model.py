@@ -11,7 +11,7 @@ from typing import Any
 from qlora_engine import distributed
 from qlora_engine.cli import common
 from qlora_engine.cli.finetune_display import Display
-from qlora_engine.errors import InputError
+from qlora_engine.errors import InputError, in_short
 
 _RANK = 16
 _TARGETS = ("all-linear",)
@@ -125,8 +125,7 @@ def load(folder: Path, adapter: Path | None, options: dict[str, Any]) -> tuple[A
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{folder} has no tokenizer that can be read: {line}") from error
+        raise InputError(f"{folder} has no tokenizer that can be read: {in_short(error)}") from error
     if adapter is not None:
         config = LoraConfig.from_pretrained(str(adapter))
         config.inference_mode = False

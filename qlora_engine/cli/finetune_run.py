@@ -13,7 +13,7 @@ from qlora_engine import distributed
 from qlora_engine.cli.finetune_display import Display
 from qlora_engine.cli.finetune_model import base_and_adapter, device_of, load
 from qlora_engine.errors import InputError
-from qlora_engine.files import Lock
+from qlora_engine.files import Lock, at_home
 
 _state: dict[str, Path] = {}
 
@@ -144,5 +144,5 @@ def settings_of(options: dict[str, Any]) -> Any:
     names = {field.name for field in dataclasses.fields(Settings)}
     values = {name: value for name, value in options.items() if name in names}
     for name in ("data", "output", "validation"):
-        values[name] = None if values[name] is None else Path(values[name]).expanduser()
+        values[name] = None if values[name] is None else at_home(values[name])
     return Settings(**values)

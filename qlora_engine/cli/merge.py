@@ -68,7 +68,7 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.argument("base")
 @click.argument("adapter")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=common.UserPath())
 @_options
 def command(base: str, adapter: str, out: Path, **given: Any) -> int:
     """The command's body; see ``--help``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -29,8 +30,9 @@ def how_to_go_on() -> str:
     out = _state.get("out")
     if out is None:
         return ""
-    root = Workspace.folder_for(Path(out).resolve())
-    return f"; finished files are kept in {root}, --resume goes on" if (root / RUN_FILE).exists() else ""
+    root = Workspace.folder_for(Path(os.path.realpath(out)))
+    kept = os.path.exists(root / RUN_FILE)  # where Path.exists raises, for a name that is too long, False
+    return f"; finished files are kept in {root}, --resume goes on" if kept else ""
 
 
 def execute(base: str, adapter: str, out: Path, given: dict[str, Any]) -> int:

@@ -39,19 +39,17 @@ def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> N
     help="Compare RUNs: folders that loftq-init wrote, or their report.json. Shows what each cost and "
     "gained, the error by kind of module, and the worst layers with what sets them apart.",
 )
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=common.UserPath())
 @click.option("--baseline", is_flag=True, help="Put plain quantisation to the same formats first.")
 @click.option("--worst", default=5, metavar="N", help="Worst layers to explain, for each run. [5]")
-@click.option(
-    "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write one self-contained page."
-)
-@click.option("--png", type=click.Path(path_type=Path), metavar="DIR", help="Write plots (needs matplotlib).")
-@click.option("--csv", "csv_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every layer.")
+@click.option("--html", type=common.UserPath(), metavar="FILE", help="Write one self-contained page.")
+@click.option("--png", type=common.UserPath(), metavar="DIR", help="Write plots (needs matplotlib).")
+@click.option("--csv", "csv_file", type=common.UserPath(), metavar="FILE", help="Write every layer.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option(
     "--spectrum",
-    type=click.Path(path_type=Path),
+    type=common.UserPath(),
     metavar="MODEL",
     help="The original checkpoint: singular values of what is missing, for the 4 worst layers of each run.",
 )

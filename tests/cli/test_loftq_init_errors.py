@@ -123,6 +123,13 @@ def test_shard_outside_the_folder(tmp_path: Path, model: Path) -> None:
     refuse(tmp_path, model, tmp_path / "out", contains="is not a plain file name in the same folder")
 
 
+def test_a_tokenizer_that_is_a_link_to_nothing(tmp_path: Path, model: Path) -> None:
+    """As after a download into the hub's cache that was cut off."""
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.json").symlink_to("../../blobs/gone")
+    refuse(tmp_path, model, tmp_path / "out", contains="is a link to ../../blobs/gone, which is not there")
+
+
 def test_pickle(tmp_path: Path, model: Path) -> None:
     for path in [*model.glob("*.safetensors"), model / "model.safetensors.index.json"]:
         path.unlink()
@@ -224,6 +231,39 @@ def test_output_is_the_model(tmp_path: Path, model: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(model)
     refuse(tmp_path, model, link, "--overwrite", contains="is or contains the model")
+
+
+def test_output_is_the_current_folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output takes its folder's place: a shell that stands there, or below, would stand nowhere."""
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    for here, out in (("here", "."), ("here/below", "..")):
+        monkeypatch.chdir(tmp_path / here)
+        refuse(tmp_path, model, out, "--overwrite", contains="the current folder and would be replaced")
+
+
+def test_a_name_that_is_too_long(tmp_path: Path, model: Path) -> None:
+    refuse(tmp_path, model, tmp_path / ("n" * 250), contains="File name too long")
+    refuse(tmp_path, model, tmp_path / ("n" * 300), contains="File name too long")
+
+
+def test_home_is_found_without_a_shell(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert invoke("~/model", "~/out", "--rank", 4, "--quiet").code == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not (tmp_path / "~").exists()
+    refuse(tmp_path, "~nobody/model", "out2", contains="no such folder: ~nobody/model")
+
+
+def test_why_there_is_no_tokenizer(tmp_path: Path, model: Path) -> None:
+    """The reason begins on a line that ends with a colon."""
+    for path in model.glob("*token*"):
+        path.unlink()
+    (tmp_path / "texts.txt").write_text("some text")
+    options = ("--rank", 4, "--calibration", tmp_path / "texts.txt")
+    message = invoke(model, tmp_path / "out", *options).error()
+    assert "has no tokenizer to read texts with: " in message
+    assert not message.endswith(":")
 
 
 def test_unwritable(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
