@@ -18,7 +18,7 @@ from quant.tensor import QuantizedTensor
 from .architecture import Architecture, ModuleInfo
 from .checkpoint import Checkpoint
 from .errors import InputError
-from .expert_layout import Slab, expert_slabs
+from .expert_layout import Slab, expert_module, expert_slabs
 from .loading import NATIVE_METHOD, NATIVE_VERSION, native_specs, newer_than_known
 from .plan import DTYPE_OF_STORED
 from .safetensors_io import FLOAT_DTYPES, TensorEntry
@@ -120,6 +120,7 @@ class DiskBase:
         kept: Tensors that belong to no known parameter; they are copied.
         fused: Parameters that are put together from several tensors, or split; they are copied, too.
         slabs: Where in a stack of experts a tensor belongs, by its name on disk.
+        experts: Stacked Parameter -> its quantised experts in order.
         method: "dense", "bnb" or "native".
         dtype: torch's name of the model's dtype.
     """
@@ -132,6 +133,7 @@ class DiskBase:
     method: str
     dtype: str
     slabs: Mapping[str, Slab] = field(default_factory=dict)
+    experts: Mapping[str, tuple[StoredWeight, ...]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, architecture: Architecture) -> DiskBase:
@@ -148,8 +150,15 @@ class DiskBase:
         modules = {module.path: module for module in architecture.modules}
         weights: dict[str, StoredWeight] = {}
         kept: list[TensorEntry] = []
+        experts: dict[str, dict[str, StoredWeight]] = {}
         for name, (kind, entries) in groups.items():
             home = homes.get(name)
+            path = name.removesuffix(".weight")
+            if kind == "native" and (found := expert_module(architecture, path)) is not None:
+                stack, module = found
+                weight = StoredWeight(name, entries, kind, module, specs.get(path), dtype)
+                experts.setdefault(stack, {})[path] = weight
+                continue
             if home is None or home.converted:
                 if kind != "dense":
                     raise InputError(f"'{name}' is quantised, but is no weight of {architecture.class_name}")
@@ -161,8 +170,8 @@ class DiskBase:
                     f"'{name}' has shape {entries[name].shape}, {architecture.class_name} has {wanted}; is "
                     "it quantised, with a damaged quant_state?"
                 )
-            module = modules.get(home.parameter.removesuffix(".weight"))
-            if kind != "dense" and (module is None or not module.shape):
+            own_module = modules.get(home.parameter.removesuffix(".weight"))
+            if kind != "dense" and (own_module is None or not own_module.shape):
                 raise InputError(f"'{name}' is quantised, but belongs to no Linear, Conv1D or Embedding")
             own = DTYPE_OF_STORED.get(entries[name].dtype, dtype) if kind == "dense" else dtype
             spec = (
@@ -170,11 +179,12 @@ class DiskBase:
                 if kind == "native"
                 else _bnb_spec(name, kind, entries)
             )
-            weights[home.parameter] = StoredWeight(name, entries, kind, module, spec, own)
+            weights[home.parameter] = StoredWeight(name, entries, kind, own_module, spec, own)
         fused = frozenset(home.parameter for home in homes.values() if home.converted)
         shapes = {name: entries[name].shape for name, (kind, entries) in groups.items() if kind == "dense"}
         slabs = expert_slabs(architecture, shapes)
-        return cls(checkpoint, architecture, weights, tuple(kept), fused, method, dtype, slabs)
+        stacks = {stack: _in_order(architecture, stack, found) for stack, found in experts.items()}
+        return cls(checkpoint, architecture, weights, tuple(kept), fused, method, dtype, slabs, stacks)
 
     def tied_with(self, parameter: str) -> set[str]:
         """All names of the parameter that ``parameter`` is, itself included."""
@@ -186,6 +196,15 @@ class DiskBase:
         """The stored weight of a parameter, perhaps under the name of one that it is tied to."""
         names = [parameter, *sorted(self.tied_with(parameter))]
         return next((self.weights[name] for name in names if name in self.weights), None)
+
+
+def _in_order(
+    architecture: Architecture, stack: str, found: Mapping[str, StoredWeight]
+) -> tuple[StoredWeight, ...]:
+    paths = [f"{stack}.{number}" for number in range(architecture.parameters[stack][0])]
+    if lacking := [path for path in paths if path not in found]:
+        raise InputError(f"'{lacking[0]}' is not quantised, and other experts of its stack are")
+    return tuple(found[path] for path in paths)
 
 
 def _method(checkpoint: Checkpoint, settings: Any) -> tuple[str, dict[str, QuantSpec]]:

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .architecture import Architecture
+from .architecture import Architecture, ModuleInfo
+from .expert_stack import is_stack, multiplies_in_out
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,21 @@ class Slab:
 def is_stored_in_out(architecture: Architecture, path: str) -> bool:
     """Whether the module ``path`` keeps the matrices of its stacks as (in, out), as gpt-oss does."""
     return bool(getattr(architecture._model.get_submodule(path), "is_transposed", False))
+
+
+def expert_module(architecture: Architecture, path: str) -> tuple[str, ModuleInfo] | None:
+    """The stacked Parameter and, as a module, the expert that ``path`` means: the Parameter's and a number."""
+    parameter, _, number = path.rpartition(".")
+    holder, _, leaf = parameter.rpartition(".")
+    whole = architecture.parameters.get(parameter, ())
+    if len(whole) != 3 or not number.isdecimal() or int(number) >= whole[0]:
+        return None
+    owner = architecture._model.get_submodule(holder)
+    if not is_stack(owner, leaf):
+        return None
+    if multiplies_in_out(owner):
+        return parameter, ModuleInfo(path, "conv1d", (whole[2], whole[1]))
+    return parameter, ModuleInfo(path, "linear", (whole[1], whole[2]))
 
 
 def expert_slabs(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slab]:

@@ -28,6 +28,7 @@ class Job:
         spec: Of a quantised result.
         keep_codes: The base's codes go into the result as they are.
         slab: Which part of a stack of experts the tensor is, where the part belongs to the stack.
+        experts: The quantised experts that become the tensor.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Job:
     spec: QuantSpec | None = None
     keep_codes: bool = False
     slab: Slab | None = None
+    experts: tuple[StoredWeight, ...] = ()
 
     @property
     def is_stack(self) -> bool:

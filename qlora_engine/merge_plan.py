@@ -13,7 +13,7 @@ from .base_on_disk import DiskBase, StoredWeight
 from .checkpoint import natural_order, parse_size
 from .disk_adapter import DiskAdapter, ModulePart, read_codes_hash
 from .errors import InputError
-from .expert_layout import is_stored_in_out
+from .expert_layout import Slab, is_stored_in_out
 from .merge_job import Job
 from .options import DTYPES, choice
 from .plan import DTYPE_OF_STORED, STORED_DTYPE
@@ -144,7 +144,7 @@ class _Planner:
         self.adapter = adapter = adapter.placed(
             base.architecture.parameters, lambda path: is_stored_in_out(base.architecture, path)
         )
-        self.stacked = {slab.parameter for slab in base.slabs.values()}
+        self.stacked = {slab.parameter for slab in base.slabs.values()} | set(base.experts)
         self.notes: list[str] = []
         self.config_changes: dict[str, Any] = {}
         self.vocabulary_changed = False
@@ -186,7 +186,7 @@ class _Planner:
         if part.as_stored:
             return name  # its shapes were checked when it was placed
         if name not in parameters and (home := architecture.homes([name]).get(name)) is not None:
-            if home.parameter in self.stacked and name in self.base.slabs:  # one expert's, as on the disk
+            if name in self.base.slabs and home.parameter in self.stacked:  # one expert's, as on the disk
                 self._check_shapes(path, self.base.slabs[name].shape(parameters[home.parameter]))
                 return name
             if home.parameter in self.stacked:
@@ -254,12 +254,14 @@ class _Planner:
         """All of them, in any order."""
         self._add_heads()
         jobs = [self._kept(entry) for entry in self.base.kept]
+        for parameter, experts in self.base.experts.items():
+            jobs += self._quantised_experts(parameter, experts)
         stored = dict(self.base.weights)
         self._untie(stored)
         for name in (*self.parts, *self.replaced):
             if name in stored or self.base.find(name) is not None:
                 continue  # the latter: tied, and stored under its other name
-            if name in self.base.fused or name in self.base.slabs:
+            if name in self.base.fused or name in self.base.slabs or name in self.base.experts:
                 continue  # tensors of experts, among those that are kept
             if name not in self.replaced:
                 raise InputError(f"{self.base.checkpoint.folder} lacks the tensor '{name}'")
@@ -285,6 +287,24 @@ class _Planner:
                 f"'{entry.name}' has dtype {entry.dtype}; only {', '.join(FLOAT_DTYPES)} can be merged"
             )
         return self._merge(StoredWeight(entry.name, {entry.name: entry}, "dense", None, None, dtype), part)
+
+    def _quantised_experts(self, parameter: str, experts: tuple[StoredWeight, ...]) -> list[Job]:
+        """One dense tensor, as the model has it; or every expert quantised, with its codes if it stays."""
+        shape, part = self.base.architecture.parameters[parameter], self.parts.get(parameter)
+        if self.options.requantize is None:
+            self._note(
+                "experts are written stacked, one tensor a Parameter, as transformers has them in memory"
+            )
+            slab = Slab(parameter, None, 0, shape[1])
+            kind, dtype = "dequantise" if part is None else "merge", self._dtype(experts[0])
+            return [Job(parameter, kind, dtype, shape, part=part, slab=slab, experts=experts)]
+        jobs = []
+        for number, stored in enumerate(experts):
+            slab = Slab(parameter, number, 0, shape[1])
+            spec = stored.spec if part is None else self.options.spec
+            job = Job(stored.name, "quantise", "U8", stored.shape, stored, part=part, spec=spec, slab=slab)
+            jobs.append(dataclasses.replace(job, keep_codes=part is None))
+        return jobs
 
     def _job(self, parameter: str, stored: StoredWeight) -> Job:
         if parameter in self.replaced:

@@ -16,6 +16,7 @@ from quant.tensor import QuantizedTensor, quantize
 
 from .disk_adapter import ModulePart
 from .errors import InputError
+from .expert_layout import Slab
 from .expert_merge import StackFactors, expert_entry
 from .merge_job import Job
 from .merge_plan import MergePlan
@@ -106,17 +107,15 @@ class Worker:
             yield from self._experts(job)
 
     def _experts(self, job: Job) -> Iterator[Tensor]:
-        """The experts of a "merge" job, or the one that the tensor is."""
+        """The experts of a job, or the one that the tensor is."""
         began = time.perf_counter()
-        part, slab, stored = job.part, job.slab, job.stored
-        assert part is not None
+        part, slab = job.part, job.slab
         assert slab is not None
-        assert stored is not None
-        entry = stored.entries[stored.name]
         size = added = 0.0
-        for expert in range(part.experts) if slab.expert is None else [slab.expert]:
-            own = entry if slab.expert is not None else expert_entry(entry, expert)
-            weight = own.read().float()
+        for expert, weight in _stored_experts(job, slab):
+            if part is None:
+                yield round_to(weight, TORCH_DTYPES[job.dtype], job.name)
+                continue
             left, right = self._factors.of(part, slab, expert)
             size += torch.linalg.vector_norm(weight, dtype=torch.float64).item() ** 2
             gram = (left.double().t() @ left.double()) * (right.double() @ right.double().t())
@@ -124,6 +123,8 @@ class Worker:
             weight.addmm_(left, right, alpha=part.scaling)
             self._check(job, weight)
             yield round_to(weight, TORCH_DTYPES[job.dtype], job.name)
+        if part is None:
+            return
         delta = _ratio(abs(part.scaling) * math.sqrt(added), math.sqrt(size))
         self.note(MergedLayer(job.name, job.shape, delta, job.dtype, seconds=time.perf_counter() - began))
 
@@ -160,7 +161,12 @@ class Worker:
             return dataclasses.replace(job.stored.quantized(), dtype=dtype), None
         assert job.part is not None
         before = job.stored.read()
-        after = add_part(before.clone(), job.part, transposed=_is_transposed(job))
+        if job.slab is not None:
+            assert job.slab.expert is not None
+            left, right = self._factors.of(job.part, job.slab, job.slab.expert)
+            after = torch.addmm(before, left, right, alpha=job.part.scaling)
+        else:
+            after = add_part(before.clone(), job.part, transposed=_is_transposed(job))
         self._check(job, after)
         if job.stored.module is not None and job.stored.module.kind == "conv1d":
             before, after = before.t().contiguous(), after.t().contiguous()
@@ -186,6 +192,21 @@ class Worker:
         self.records.append(record)
         if self.progress is not None:
             self.progress(record, kept)
+
+
+def _stored_experts(job: Job, slab: Slab) -> Iterator[tuple[int, Tensor]]:
+    """Number and matrix of each expert of a job, float32, as they lie on disk or as the model has them."""
+    if job.experts:
+        for expert, stored in enumerate(job.experts):
+            yield expert, stored.read()
+        return
+    assert job.stored is not None
+    entry = job.stored.entries[job.stored.name]
+    if slab.expert is not None:
+        yield slab.expert, entry.read().float()
+        return
+    for expert in range(entry.shape[0]):
+        yield expert, expert_entry(entry, expert).read().float()
 
 
 def _is_transposed(job: Job) -> bool:

@@ -261,3 +261,47 @@ def test_killed_and_resumed_gives_the_same_files(checkpoint: Callable[[str], Pat
         assert run_in_child(kill_at, *arguments[:2], out, *arguments[2:]) == -signal.SIGKILL
         done(invoke(*arguments[:2], out, *arguments[2:], "--resume"))
         assert files(out) == expected
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_merged_into_quantised_experts(name: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Dense: what the adapted model is. Requantised: what quantising that gives; untouched codes are kept."""
+    import qlora_engine as qe
+    from quant import QuantSpec
+    from quant.tensor import quantize
+    from tests.cli.command import invoke as loftq_init
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    done_init = loftq_init(checkpoint(name), base, "--bits", 3, "--rank", 4, "--device", "cpu")
+    assert done_init.code == 0, done_init.err
+    options = {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj"], "init_lora_weights": False}
+    config = qe.LoraConfig(target_parameters=["down_proj"], **options)
+    model = qe.get_peft_model(qe.from_pretrained(base, dtype=torch.float32), config).eval()
+    model.save_pretrained(adapter)
+    want = logits(model)
+    done(invoke(base, adapter, tmp_path / "dense", "--dtype", "float32", "--max-shard-size", "60KB"))
+    merged = load(tmp_path / "dense")
+    torch.testing.assert_close(logits(merged), want, rtol=1e-4, atol=1e-5)
+    result = done(invoke(base, adapter, tmp_path / "q", "--requantize", "nf4", "--json"))
+    layers = {e["name"]: e for e in map(json.loads, result.out.splitlines()) if e["event"] == "layer"}
+    assert len(layers) == 2 + 8  # two q_proj, four experts in each of two layers
+    again, before = qe.from_pretrained(tmp_path / "q"), qe.from_pretrained(base)
+    for number in range(2):
+        path = f"model.layers.{number}.mlp.experts"
+        stacks = [m.get_submodule(path) for m in (again, before, merged)]
+        for n in range(4):
+            kept, old = (stack.gate_up_proj.layers[n] for stack in stacks[:2])
+            assert torch.equal(kept.codes, old.codes)
+            exact = stacks[2].down_proj[n]
+            exact = exact.T.contiguous() if name == "gpt_oss" else exact
+            layer = stacks[0].down_proj.layers[n]
+            assert layer.spec == QuantSpec("nf4")
+            close = quantize(exact.detach(), layer.spec).dequantize(torch.float32)
+            error = (layer.dequantize(torch.float32) - close).norm() / close.norm()
+            assert error < 1e-3  # a code on an edge may fall to either side
+            record = layers[f"{path}.down_proj.{n}.weight"]
+            found = (layer.dequantize(torch.float32) - exact).norm() / exact.norm()
+            assert record["error"] == pytest.approx(found.item(), rel=1e-3)
+            assert 0 < record["survived"] < 1.5
+    fingerprint = json.loads((tmp_path / "q" / "quantization_fingerprint.json").read_text())
+    assert "model.layers.0.mlp.experts.gate_up_proj.3" in fingerprint["modules"]
