@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -164,8 +165,8 @@ def main() -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import hypothesis  # noqa: F401 - what all tests import is imported once, before the forks
-    import torch  # noqa: F401
+    for module in ("pytest", "hypothesis", "torch._dynamo", "transformers.modeling_utils"):
+        importlib.import_module(module)  # what most tests import is imported once, before the forks
 
     file: Path = arguments.file
     name = ".".join(file.with_suffix("").parts).removesuffix(".__init__")

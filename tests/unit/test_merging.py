@@ -265,6 +265,21 @@ def test_merged_quantised_layers_take_the_dtype_of_the_rest() -> None:
     assert run(model).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("bias", "dtype"), [(None, torch.float16), (torch.bfloat16, torch.bfloat16)])
+def test_one_layer_merged_takes_the_dtype_of_its_bias_or_its_own(
+    bias: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    base = QuantLinear.from_quantized(quantize(torch.randn(8, 64).half(), QuantSpec()), None)
+    if bias is not None:
+        base.bias = nn.Parameter(torch.zeros(8, dtype=bias))
+    model = make(config(target_modules=["0"]), base=nn.Sequential(base))
+    layer: Any = model.base_model.model[0]
+    layer.merge()
+    assert layer.base_layer.weight.dtype == dtype
+    layer.unmerge()
+    assert layer.base_layer is base
+
+
 def test_replicated_layers_are_refused() -> None:
     model = make(config())
     model.peft_config["p"].layer_replication = [(0, 2)]

@@ -126,6 +126,21 @@ def test_fp32_tiles_where_the_cpu_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(module(x), (x.float() @ dense.t()).bfloat16())
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_few_tokens_are_multiplied_in_float32(monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
+    """Also where the CPU has bfloat16: up to eight tokens, however many features there are."""
+    monkeypatch.setattr(linear_op, "_cpu_has_half", lambda dtype: True)
+    module, dense = layer(QuantSpec(), (64, 128), bias=False)
+    for tokens in (8, 9):
+        x = torch.randn(tokens, 128).bfloat16().requires_grad_()
+        y = module(x)
+        grad = torch.randn_like(y)
+        y.backward(grad)
+        found, left, right = (x.grad, grad, dense) if transposed else (y, x, dense.t())
+        assert found is not None
+        assert torch.equal(found, (left.float() @ right).bfloat16()) == (tokens == 8)
+
+
 def test_compute_dtype_and_autocast() -> None:
     module, dense = layer(QuantSpec(), (64, 128), bias=False)
     x = torch.randn(5, 128)
