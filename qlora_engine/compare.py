@@ -143,7 +143,9 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         if path.is_file():
             reports.append(RunReport.from_json(read_json_object(path)))
         elif path.is_dir():
-            reports.append(RunReport.read(path if (path / REPORT_FILE).exists() else path.parent))
+            beside = (path.absolute().parent / REPORT_FILE).exists()  # of the adapter's folder
+            is_here = (path / REPORT_FILE).exists() or not beside
+            reports.append(RunReport.read(path if is_here else path.absolute().parent))
         else:
             raise InputError(f"no such folder or report: {path}")
     return [Run(label, report) for label, report in zip(_labels(paths), reports, strict=True)]

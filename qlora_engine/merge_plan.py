@@ -281,11 +281,7 @@ class _Planner:
             part = self.parts.get(slab.parameter)
         if part is None:
             return self._copy(entry.name, entry)
-        dtype = DTYPE_OF_STORED.get(entry.dtype)
-        if dtype is None:
-            raise InputError(
-                f"'{entry.name}' has dtype {entry.dtype}; only {', '.join(FLOAT_DTYPES)} can be merged"
-            )
+        dtype = DTYPE_OF_STORED.get(entry.dtype, "float32")  # others are refused
         return self._merge(StoredWeight(entry.name, {entry.name: entry}, "dense", None, None, dtype), part)
 
     def _quantised_experts(self, parameter: str, experts: tuple[StoredWeight, ...]) -> list[Job]:
@@ -326,6 +322,11 @@ class _Planner:
         return Job(stored.name, "quantise", "U8", stored.shape, stored=stored, spec=spec, keep_codes=True)
 
     def _merge(self, stored: StoredWeight, part: ModulePart) -> Job:
+        if not stored.is_quantised and stored.entries[stored.name].dtype not in FLOAT_DTYPES:
+            raise InputError(
+                f"'{stored.name}' has dtype {stored.entries[stored.name].dtype}; "
+                f"only {', '.join(FLOAT_DTYPES)} can be merged"
+            )
         slab = self.base.slabs.get(stored.name)
         if slab is not None:
             if self.options.requantize is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -66,6 +67,12 @@ def execute(base: str, adapter: str, out: Path, given: dict[str, Any]) -> int:
     _state["out"] = out
     with _progress(plan, quiet=quiet, as_json=as_json) as progress:
         report = run_merge(plan, out, overwrite=given["overwrite"], resume=given["resume"], progress=progress)
+    if broken := [layer.name for layer in report.layers if not math.isfinite(layer.delta)]:
+        print(
+            f"warning: {len(broken)} merged weights are not finite, first '{common.one_line(broken[0])}'; "
+            "the adapter seems to be broken (--safe refuses such a result)",
+            file=sys.stderr,
+        )
     if as_json:
         facts = report.to_json()
         del facts["layers"]

@@ -462,6 +462,26 @@ def test_overflow_and_nan_are_refused(tmp_path: Path, make_checkpoint: MakeCheck
     message = error(invoke(*good, "--overwrite", "--safe", "--dtype", "bfloat16"))
     assert "model.layers.0.self_attn.q_proj.weight' is not finite after merging" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
+    told = done(invoke(*good, "--overwrite", "--dtype", "bfloat16", "--quiet")).err
+    assert told.startswith("warning: 1 merged weights are not finite, first 'model.layers.0.self_attn.q")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_without_a_scale_are_refused(
+    tmp_path: Path, make_checkpoint: MakeCheckpoint, dtype: torch.dtype
+) -> None:
+    base = Path(shutil.copytree(make_checkpoint("llama"), tmp_path / "base"))
+    tensors = {name: tensor.clone() for name, tensor in load_file(base / "model.safetensors").items()}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({**tensors, name: tensors[name].to(dtype)}, base / "model.safetensors", {"format": "pt"})
+    adapter(load("llama", make_checkpoint("llama")), tmp_path / "adapter", target_modules=["q_proj"])
+    message = error(invoke(base, tmp_path / "adapter", tmp_path / "out"))
+    assert f"'{name}' has dtype" in message
+    assert "only F16, BF16, F32, F64 can be merged" in message
+    adapter(load("llama", make_checkpoint("llama")), tmp_path / "other", target_modules=["v_proj"])
+    done(invoke(base, tmp_path / "other", tmp_path / "out"))  # what the adapter leaves alone is copied
+    copied = load_file(tmp_path / "out" / "model.safetensors")[name]
+    assert torch.equal(copied.float(), tensors[name].to(dtype).float())
 
 
 def test_another_base_than_the_adapters_is_told(tmp_path: Path, make_checkpoint: MakeCheckpoint) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qlora_engine import LoftQConfig, LoraConfig, get_peft_model
-from qlora_engine.compare import _labels, error_report, groups, kind_of, why
+from qlora_engine.compare import _labels, error_report, groups, kind_of, read_runs, why
 from qlora_engine.errors import InputError
 from qlora_engine.report import LayerReport
 
@@ -87,3 +87,9 @@ def test_error_report_refuses_what_has_no_errors(make_model: Callable[..., Any],
         error_report(tmp_path / "none")
     with pytest.raises(InputError, match="neither a model"):
         error_report([1, 2])
+
+
+def test_a_folder_without_a_report_is_named(tmp_path: Path) -> None:
+    (tmp_path / "plain" / "inner").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"plain/inner has no report\.json"):
+        read_runs([tmp_path / "plain" / "inner"])
