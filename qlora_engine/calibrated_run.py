@@ -137,7 +137,11 @@ def obtain(
         calibrate(
             plan.checkpoint.folder,
             read_windows(source, plan),
-            [layer.path for layer in plan.layers if layer.module.kind != "embedding" and not layer.stack],
+            [
+                layer.path
+                for layer in plan.layers
+                if layer.module.kind != "embedding" and (layer.rank or not layer.stack)
+            ],
             device=device,
             max_full_width=widest_full_moment(memory_of(device)),
             sensitivity_windows=SENSITIVITY_WINDOWS if sensitivities else 0,

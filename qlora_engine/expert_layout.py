@@ -46,7 +46,7 @@ def is_stored_in_out(architecture: Architecture, path: str) -> bool:
 
 
 def expert_module(architecture: Architecture, path: str) -> tuple[str, ModuleInfo] | None:
-    """The stacked Parameter and, as a module, the expert that ``path`` means: the Parameter's and a number."""
+    """The stacked Parameter, and as a module the expert that ``path`` means: the Parameter's and a number."""
     parameter, _, number = path.rpartition(".")
     holder, _, leaf = parameter.rpartition(".")
     whole = architecture.parameters.get(parameter, ())

@@ -87,6 +87,7 @@ class InitOptions:
             depend on the memory that is free.
         target_modules: Names, one regex, or "all-linear".
         exclude_modules: Names or one regex.
+        target_parameters: Stacked experts that get an adapter, by the names of their Parameters.
         quantize_rest: Quantise the Linears without an adapter too.
         quantize_experts: Quantise stacked experts; None: where the native format is saved anyway.
         dtype: Of the model: what is not quantised is converted to it; "auto" leaves it as it is.
@@ -118,6 +119,7 @@ class InitOptions:
     together: bool = False
     target_modules: tuple[str, ...] | str = "all-linear"
     exclude_modules: tuple[str, ...] | str = ()
+    target_parameters: tuple[str, ...] = ()
     quantize_rest: bool = False
     quantize_experts: bool | None = None
     dtype: str = "auto"

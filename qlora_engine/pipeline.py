@@ -24,6 +24,7 @@ from .checkpoint import CONFIG_FILE, natural_order, shard_names, split_shards, w
 from .config import LoraConfig
 from .distributed import barrier, from_main, together, world
 from .errors import InputError
+from .expert_adapter import stack_paths, stacked_factors
 from .files import copy_file, rename_into_place, write_json
 from .fingerprint import Fingerprint
 from .peak_memory import peak_memory
@@ -32,7 +33,7 @@ from .plan import LayerPlan, Plan
 from .propagate_run import Propagation, propagate_layers, propagation_notes
 from .report import LayerReport, RunReport, dumps
 from .report_html import write_html
-from .safetensors_io import read_header, write_file
+from .safetensors_io import TensorEntry, Writable, read_header, write_file
 from .serialise import model_config, rest_tensor
 from .solve import SolvedLayer, solve_layer
 from .solve_ahead import solve_ahead
@@ -386,7 +387,7 @@ def _assemble(
         dense=plan.save_format == "dense",
     )
     fingerprint.write(result)
-    factors = [entry for layer in plan.layers for entry in pieces.factors(layer)]
+    factors = _factors(plan, pieces)
     write_adapter(result / ADAPTER_FOLDER, factors, adapter_config(plan, out), fingerprint)
     report = replace(
         report,
@@ -400,6 +401,21 @@ def _assemble(
     write_html(report, result)
 
 
+def _factors(plan: Plan, pieces: Pieces) -> list[Writable]:
+    """The adapter's tensors; those of a stack's experts put together."""
+    found: list[Writable] = []
+    stacks: dict[str, list[list[TensorEntry]]] = {}
+    for layer in plan.layers:
+        mine = pieces.factors(layer)
+        if layer.stack is None:
+            found += mine
+        elif layer.rank:
+            stacks.setdefault(layer.stack, []).append(mine)
+    for stack, path in stack_paths(stacks).items():
+        found += stacked_factors(stack, path, stacks[stack])
+    return found
+
+
 def adapter_config(plan: Plan, out: Path) -> LoraConfig:
     """The adapter's LoraConfig: PEFT computes the same scaling from it as the plan has."""
     options, architecture = plan.options, plan.architecture
@@ -409,12 +425,15 @@ def adapter_config(plan: Plan, out: Path) -> LoraConfig:
         r=options.rank,
         lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # PEFT's annotation; any number works
         use_rslora=options.rslora,
-        rank_pattern=_pattern(options.rank_pattern, options.rank, {ly.path: ly.rank for ly in adapted}),
+        rank_pattern=_pattern(
+            options.rank_pattern, options.rank, {ly.stack or ly.path: ly.rank for ly in adapted}
+        ),
         alpha_pattern=_pattern(
-            options.alpha_pattern, options.lora_alpha, {ly.path: ly.alpha for ly in adapted}
+            options.alpha_pattern, options.lora_alpha, {ly.stack or ly.path: ly.alpha for ly in adapted}
         ),
         target_modules=plan.target_modules,
-        fan_in_fan_out=all(layer.module.kind == "conv1d" for layer in adapted),
+        target_parameters=list(dict.fromkeys(ly.stack for ly in adapted if ly.stack)) or None,
+        fan_in_fan_out=all(layer.module.kind == "conv1d" for layer in adapted if not layer.stack),
         init_lora_weights=True,
         inference_mode=True,
         task_type=architecture.task,

@@ -15,6 +15,7 @@ from .architecture import Architecture, Home, ModuleInfo
 from .checkpoint import Checkpoint, natural_order
 from .config import LoraConfig
 from .errors import InputError, did_you_mean
+from .expert_layout import is_stored_in_out
 from .expert_plan import ExpertEntry, expert_matrices
 from .options import InitOptions
 from .safetensors_io import DTYPE_BITS, FLOAT_DTYPES, TensorEntry
@@ -245,6 +246,10 @@ def _experts(
 ) -> tuple[list[tuple[ModuleInfo, ExpertEntry]], list[str]]:
     """The experts to quantise, and notes. ``is_native``: the rest is saved in the native format."""
     wanted = options.quantize_experts
+    if options.target_parameters:
+        if wanted is False:
+            raise InputError("--target-parameters adapts quantised experts; leave out --no-quantize-experts")
+        wanted = True
     if wanted and options.save_format in ("bnb", "dense"):
         why = (
             "transformers with bitsandbytes quantises Linears alone"
@@ -271,10 +276,61 @@ def _experts(
         stacks = {entry.stack for _, entry in found}
         notes.append(
             f"{len(found)} experts in {len(stacks)} stacks, {sum(e.numel for _, e in found):,} weights, are "
-            "quantised without adapters; qlora_engine loads them, transformers with bitsandbytes does not "
-            "(--no-quantize-experts keeps them dense)"
+            f"quantised{'' if options.target_parameters else ' without adapters'}; qlora_engine loads them, "
+            "transformers with bitsandbytes does not (--no-quantize-experts keeps them dense)"
         )
     return found, notes
+
+
+def _adapted_stacks(
+    architecture: Architecture, options: InitOptions, experts: Sequence[tuple[ModuleInfo, ExpertEntry]]
+) -> set[str]:
+    """The stacks that ``target_parameters`` names.
+
+    Raises:
+        InputError: a name of none that is quantised, or of one whose matrices PEFT takes the other way round.
+    """
+    stacks = {entry.stack: module for module, entry in experts}
+    found = set()
+    for name in options.target_parameters:
+        mine = [stack for stack in stacks if f".{stack}".endswith(f".{name}")]
+        if not mine:
+            names = list(dict.fromkeys(stack.rpartition(".")[2] for stack in stacks))
+            raise InputError(
+                f"--target-parameters '{name}' is no stack of experts that is quantised"
+                f"{did_you_mean(name, names)}; there are: {', '.join(names) or 'none'}"
+            )
+        found.update(mine)
+    for stack in found:
+        if (stacks[stack].kind == "conv1d") != is_stored_in_out(architecture, stack.rpartition(".")[0]):
+            raise InputError(
+                f"--target-parameters: '{stack}' multiplies with (in, out) matrices, which PEFT takes for "
+                "(out, in); leave it without an adapter"
+            )
+    return found
+
+
+def _expert_layers(
+    start: int,
+    experts: Sequence[tuple[ModuleInfo, ExpertEntry]],
+    adapted: set[str],
+    options: InitOptions,
+) -> tuple[LayerPlan, ...]:
+    ranks, alphas = dict(options.rank_pattern), dict(options.alpha_pattern)
+    layers = []
+    for index, (module, entry) in enumerate(experts, start):
+        rank = pattern_value(ranks, entry.stack, options.rank, field_name="rank_pattern")
+        alpha = pattern_value(alphas, entry.stack, options.lora_alpha, field_name="alpha_pattern")
+        if entry.stack in adapted and rank > min(module.shape):
+            raise InputError(
+                f"rank {rank} is too large for '{entry.name}' of shape {module.shape}: at most "
+                f"{min(module.shape)} (give its stack a smaller one with --rank-pattern)"
+            )
+        scaling = alpha / rank**0.5 if options.rslora else alpha / rank
+        rank = rank if entry.stack in adapted else 0
+        spec = _spec_of_expert(options, entry)
+        layers.append(LayerPlan(index, module, entry, spec, rank, alpha, scaling))
+    return tuple(layers)
 
 
 def _is_excluded(options: InitOptions, entry: ExpertEntry) -> bool:
@@ -420,11 +476,8 @@ def make_plan(checkpoint: Checkpoint, architecture: Architecture, options: InitO
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         layers = _layers(modules, entries, specs, adapted, options)
-    start = len(layers)
-    layers += tuple(
-        LayerPlan(start + n, module, entry, _spec_of_expert(options, entry), rank=0, alpha=1, scaling=1.0)
-        for n, (module, entry) in enumerate(experts)
-    )
+        stacks = _adapted_stacks(architecture, options, experts)
+        layers += _expert_layers(len(layers), experts, stacks, options)
     notes += [str(warning.message) for warning in caught[:1]]  # the same key would warn for every layer
     names = [layer.path for layer in layers] + sorted({layer.stack for layer in layers if layer.stack})
     notes += _unused_patterns(options, names)

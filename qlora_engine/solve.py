@@ -73,7 +73,9 @@ def solve_layer(
         hessian = None if hessian is None else hessian.to(device)
     if get(method).needs_hessian and hessian is None:
         known = calibration is not None and kind != "embedding"
-        why = calibration.problem(layer.path) if known and calibration is not None else f"an {kind}"
+        why: str | None = "an embedding" if kind == "embedding" else "not calibrated"
+        if known and calibration is not None:
+            why = calibration.problem(layer.path)
         method, scales, note = "loftq", "signed-mse", f"solved by loftq, not {method}: {why}"
     solved = initialise(
         W,

@@ -14,7 +14,9 @@ from quant import QuantSpec, quantize
 from .architecture import read_architecture
 from .checkpoint import Checkpoint
 from .errors import InputError
+from .expert_plan import ExpertEntry, expert_matrices
 from .report import RunReport
+from .safetensors_io import TensorEntry
 from .stored_layer import StoredRun, oriented
 
 
@@ -60,8 +62,13 @@ def spectra(
     """
     report = {layer.name: layer for layer in RunReport.read(out).layers}
     original, stored = Checkpoint.open(model), StoredRun.open(out, adapter)
-    homes = read_architecture(model, original.config).homes(original.tensors)
-    entries = {home.parameter: original.tensors[key] for key, home in homes.items() if not home.converted}
+    architecture = read_architecture(model, original.config)
+    homes = architecture.homes(original.tensors)
+    entries: dict[str, TensorEntry | ExpertEntry] = {
+        home.parameter: original.tensors[key] for key, home in homes.items() if not home.converted
+    }
+    experts, _ = expert_matrices(original, architecture)
+    entries |= {f"{entry.name}.weight": entry for _, entry in experts}
     found = []
     for name in names:
         layer = report.get(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from quant.linear_op import TENSOR_NAMES, as_quantized
 from .adapter_io import ADAPTER_WEIGHTS_FILE, factor_names
 from .checkpoint import Checkpoint
 from .errors import InputError
+from .expert_adapter import of_expert, stack_paths
+from .files import read_json_object
 from .report import LayerReport
 from .safetensors_io import TensorEntry, read_header
 
@@ -32,10 +34,12 @@ class StoredRun:
     Attributes:
         checkpoint: The base.
         factors: Tensors of the adapter.
+        stacks: Adapted stack of experts -> the path of its factors.
     """
 
     checkpoint: Checkpoint
     factors: Mapping[str, TensorEntry]
+    stacks: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, out: Path, adapter: str = "loftq_init") -> StoredRun:
@@ -47,7 +51,8 @@ class StoredRun:
         path = out / adapter / ADAPTER_WEIGHTS_FILE
         if not path.is_file():
             raise InputError(f"{out / adapter} has no {ADAPTER_WEIGHTS_FILE}")
-        return cls(Checkpoint.open(out), read_header(path)[0])
+        names = read_json_object(out / adapter / "adapter_config.json").get("target_parameters") or []
+        return cls(Checkpoint.open(out), read_header(path)[0], stack_paths(map(str, names)))
 
     def quantized(self, layer: LayerReport, tensor: str) -> QuantizedTensor | None:
         """Codes and scales, shape (out, in); None where the base was saved dequantised.
@@ -86,6 +91,11 @@ class StoredRun:
         """
         if not layer.rank:
             return None
+        stack, _, number = layer.name.rpartition(".")
+        if stack in self.stacks:
+            names = factor_names(self.stacks[stack], "linear")
+            A, B = (self._read(self.factors, key).float() for key in names)
+            return of_expert(A, B, int(number), layer.rank)
         A, B = (self._read(self.factors, key).float() for key in factor_names(layer.name, layer.kind))
         return (B.T, A.T) if layer.kind == "embedding" else (A, B)
 

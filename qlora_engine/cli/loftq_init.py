@@ -125,6 +125,15 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
             },
         ),
         (
+            ("--target-parameters",),
+            {
+                "multiple": True,
+                "metavar": "NAMES",
+                "help": "Stacked experts to quantise and adapt, e.g. gate_up_proj,down_proj; a rank for each "
+                "expert. [none]",
+            },
+        ),
+        (
             ("--exclude-modules",),
             {"multiple": True, "metavar": "NAMES|REGEX", "help": "Modules to leave alone."},
         ),
@@ -136,8 +145,8 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
             ("--quantize-experts/--no-quantize-experts",),
             {
                 "default": None,
-                "help": "Quantise stacked experts, too, without an adapter; saved natively. [yes where the "
-                "native format is saved anyway]",
+                "help": "Quantise stacked experts, too; saved natively. [yes where the native format is "
+                "saved anyway]",
             },
         ),
         (

@@ -78,6 +78,9 @@ def parse_options(given: dict[str, Any]) -> InitOptions:
         rank_pattern=common.parse_pairs("--rank-pattern", given["rank_pattern"], common.whole_number),
         alpha_pattern=common.parse_pairs("--alpha-pattern", given["alpha_pattern"], common.number),
         target_modules=common.parse_targets("--target-modules", given["target_modules"]),
+        target_parameters=tuple(
+            name for names in given["target_parameters"] for name in names.split(",") if name
+        ),
         exclude_modules=common.parse_targets("--exclude-modules", given["exclude_modules"]),
         **{key: given[key] for key in same},
     )

@@ -259,3 +259,107 @@ def test_damaged_outputs_and_inputs_are_one_line(checkpoint: Any, tmp_path: Path
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"has 4 experts, and 2 are missing"):
         qe.from_pretrained(out)
+
+
+def effective(folder: Path) -> dict[str, torch.Tensor]:
+    """Every stack of the quantised model with the adapter merged into it."""
+    model = qe.PeftModel.from_pretrained(
+        qe.from_pretrained(folder, dtype=torch.float32), folder / "loftq_init"
+    )
+    merged = model.merge_and_unload()
+    return {n: p.detach() for n, p in merged.named_parameters() if p.dim() == 3}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
+def test_adapters_of_experts_are_loftq_on_each(
+    name: str, rslora: bool, checkpoint: Any, tmp_path: Path
+) -> None:
+    from qlora_engine.inits import initialise
+
+    base, out = checkpoint(name), tmp_path / "out"
+    given = ("--bits", 3, "--rank", 4, "--alpha", 10, "--device", "cpu", "--verify")
+    given += ("--target-parameters", "gate_up_proj,experts.down_proj", "--rank-pattern", "down_proj=6")
+    done = invoke(base, out, *given, "--rslora" if rslora else "--no-rslora", "--target-modules", "q_proj")
+    assert done.code == 0, done.err
+    report = {layer.name: layer for layer in RunReport.read(out).layers}
+    weights, solved = dict(dense(base).named_parameters()), effective(out)
+    assert len(solved) == 4
+    for stack, values in solved.items():
+        rank = 6 if "down_proj" in stack else 4
+        for number in range(4):
+            W = weights[stack][number].detach()
+            W = W.T.contiguous() if name == "gpt_oss" else W
+            best = initialise(W, method="loftq", spec=QuantSpec("nf3"), rank=rank, iters=5)
+            found = values[number].T if name == "gpt_oss" else values[number]
+            layer = report[f"{stack}.{number}"]
+            assert layer.rank == rank
+            error = ((W - found).norm() / W.norm()).item()
+            assert error == pytest.approx(best.error, rel=1e-3)
+            assert error == pytest.approx(layer.error, rel=1e-3)
+            assert error < 0.95 * layer.error_plain
+    # PEFT reads the adapter onto the dense model: names, shapes and scaling are its own
+    peft = pytest.importorskip("peft")
+    theirs = peft.PeftModel.from_pretrained(dense(base), out / "loftq_init").merge_and_unload()
+    model = qe.from_pretrained(out, dtype=torch.float32)
+    for path, stack in stacks(model).items():
+        delta = theirs.get_parameter(path) - weights[path]
+        torch.testing.assert_close(stack.dense() + delta, solved[path], rtol=1e-4, atol=1e-5)
+    # and qlora-merge puts it into a dense model
+    from tests.cli.test_merge import done as fine
+    from tests.cli.test_merge import invoke as merge
+
+    fine(merge(out, out / "loftq_init", tmp_path / "merged", "--dtype", "float32"))
+    merged = dict(dense(tmp_path / "merged").named_parameters())
+    for path, values in solved.items():
+        torch.testing.assert_close(merged[path], values, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_are_solved_in_the_metric_of_the_tokens_that_reach_them(
+    checkpoint: Any, tmp_path: Path
+) -> None:
+    texts, out = tmp_path / "texts.jsonl", tmp_path / "out"
+    texts.write_text("\n".join(json.dumps({"text": f"The square of {i} is {i * i}."}) for i in range(300)))
+    given = ("--bits", 3, "--rank", 4, "--calibration", texts, "--window", 64, "--method", "qera")
+    given += ("--target-parameters", "down_proj", "--target-modules", "q_proj", "--verify", "--device", "cpu")
+    done = invoke(checkpoint("qwen3_moe"), out, *given)
+    assert done.code == 0, done.err
+    adapted = [layer for layer in RunReport.read(out).layers if "experts.down_proj" in layer.name]
+    assert len(adapted) == 8
+    for layer in adapted:
+        if layer.note:  # few tokens came to it
+            assert "solved by loftq, not qera: " in layer.note
+        else:
+            assert layer.output_error is not None
+            assert layer.output_error < (layer.output_error_plain or 0)
+    assert not all(layer.note for layer in adapted)
+    done = invoke(checkpoint("qwen3_moe"), tmp_path / "behind", *given, "--propagate")
+    assert done.code == 0, done.err
+    behind = [ly for ly in RunReport.read(tmp_path / "behind").layers if "experts.down_proj" in ly.name]
+    assert all(layer.note == "solved by loftq, not qera: not calibrated" for layer in behind)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--target-parameters", "down_prj"),
+            "is no stack of experts that is quantised (did you mean 'down_proj'?)",
+        ),
+        (("--target-parameters", "down_proj", "--no-quantize-experts"), "leave out --no-quantize-experts"),
+        (("--target-parameters", "down_proj", "--save-format", "bnb"), "--save-format bnb"),
+        (("--target-parameters", "down_proj", "--rank-pattern", "down_proj=50"), "at most 32"),
+    ],
+)
+def test_adapters_of_experts_that_cannot_be(
+    options: tuple[str, ...], message: str, checkpoint: Any, tmp_path: Path
+) -> None:
+    assert message in invoke(checkpoint("qwen3_moe"), tmp_path / "out", "--rank", 4, *options).error()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_experts_says_so(make_checkpoint: Any, tmp_path: Path) -> None:
+    done = invoke(make_checkpoint("llama"), tmp_path / "out", "--rank", 4, "--quantize-experts", "--dry-run")
+    assert "this model has no stacked experts" in " ".join(done.out.split())
+    done = invoke(make_checkpoint("llama"), tmp_path / "out", "--rank", 4, "--target-parameters", "down_proj")
+    assert "'down_proj' is no stack of experts" in done.error()
