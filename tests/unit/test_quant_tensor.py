@@ -211,3 +211,22 @@ def test_from_state_dict_refuses_what_does_not_fit():
         build(scales=q.dense_scales())
     with pytest.raises(ValueError, match=r"codes has 192 elements; \(7, 64\) as QuantSpec.* takes 224"):
         build(shape=(7, 64))
+
+
+@pytest.mark.parametrize("scales", ["absmax", "signed-mse"])
+@pytest.mark.parametrize("name", ["int4", "uint4", "int8", "bof4"])
+def test_values_beyond_float16_are_refused_in_every_kind_of_format(name: str, scales: str) -> None:
+    """Whole-number formats reach far beyond their scale: it alone says nothing."""
+    beyond = 0
+    for seed in range(12):
+        w = torch.rand(4, 64, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        w[:, 0] = 1 if seed % 2 else -1
+        w = (w.abs() if seed % 3 == 0 else w) * 65504
+        decoded = quantize(w, QuantSpec(name), scales=scales).dequantize()
+        if decoded.abs().max() > 65504:
+            beyond += 1
+            with pytest.raises(ValueError, match=r"would have values up to .*, beyond float16's 65504"):
+                quantize(w.half(), QuantSpec(name), scales=scales)
+        else:
+            assert quantize(w.half(), QuantSpec(name), scales=scales).dequantize().isfinite().all()
+    assert beyond > 0 or (scales == "absmax" and not name.startswith("u"))  # whose largest value is a level
