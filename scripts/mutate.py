@@ -165,6 +165,8 @@ def main() -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if not importlib.import_module("torch").cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # as tests/conftest.py does, before triton is imported
     for module in ("pytest", "hypothesis", "torch._dynamo", "transformers.modeling_utils"):
         importlib.import_module(module)  # what most tests import is imported once, before the forks
 

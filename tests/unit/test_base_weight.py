@@ -81,6 +81,8 @@ def test_dense_layer_of_a_quantised_one() -> None:
     assert not dense.bias.requires_grad
     assert not dense.training
     assert dense_module(layer.train()).training
+    layer.bias = None
+    assert dense_module(layer).bias is None
     with pytest.raises(TypeError, match="Linear is not quantised"):
         dense_module(nn.Linear(3, 4))
 
