@@ -15,7 +15,7 @@ What to look up with help(qlora_engine.NAME):
     put adapters on  get_peft_model inject_adapter_in_model PeftModel replace_lora_weights_loftq
     load             from_pretrained PeftModel AutoPeftModel load_peft_weights hotswap_adapter
     calibrate        load_texts calibrate Calibration
-    prepare          prepare_model_for_kbit_training cast_mixed_precision_params
+    prepare          prepare_model_for_kbit_training cast_mixed_precision_params quantize_experts
     see              error_report get_layer_status get_model_status inspect_matched_modules
     change           convert_to_lora save_as_lora reduce_intruder_dimension rescale_adapter_scale
 
@@ -52,6 +52,7 @@ _HOME: dict[str, str] = {
         "lora_param": "ParamWrapper",
         "lora_attention": "MultiheadAttention",
         "eva": "get_eva_state_dict initialize_lora_eva_weights",
+        "expert_quantize": "quantize_experts",
         "kbit": "prepare_model_for_kbit_training cast_mixed_precision_params",
         "status": "get_layer_status get_model_status TunerLayerStatus TunerModelStatus",
         "hotswap": "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap",

@@ -192,6 +192,36 @@ def test_all_linear_leaves_single_experts_alone() -> None:
     assert not any(n.rpartition(".")[2].isdecimal() for n in adapted)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_of_a_model_in_memory(family: str, tmp_path: Path) -> None:
+    """``quantize_experts``, then training as for any quantised base; loaded again it is the same."""
+    model = dense_model(family)
+    mine = copy.deepcopy(model)
+    found = qe.quantize_experts(mine, QuantSpec("nf4", 32))
+    assert found == [f"{name}.{leaf}" for name, _, leaf in stacks_of(model)]
+    reference = quantised_model(model, QuantSpec("nf4", 32))
+    with torch.no_grad():
+        assert torch.equal(mine(IDS).logits, reference(IDS).logits)
+        mine.save_pretrained(tmp_path)
+        assert torch.equal(qe.from_pretrained(tmp_path, dtype=torch.float32)(IDS).logits, mine(IDS).logits)
+    with pytest.raises(ValueError, match="has no dense stacks of experts: they are quantised"):
+        qe.quantize_experts(mine)
+
+
+def test_experts_that_cannot_be_quantised(make_model: Any) -> None:
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no dense stacks of experts$"):
+        qe.quantize_experts(make_model("llama"))
+    model = dense_model("MixtralConfig")
+    model.model.layers[1].mlp.experts.down_proj.data[2, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.down_proj\.2"):
+        qe.quantize_experts(model)
+    assert isinstance(model.model.layers[1].mlp.experts.down_proj, nn.Parameter)
+    with torch.device("meta"):
+        empty = dense_model("MixtralConfig")
+    with pytest.raises(ValueError, match="is on the meta device"):
+        qe.quantize_experts(empty)
+
+
 def test_operands() -> None:
     mine = quantised_model(dense_model("GptOssConfig"), QuantSpec("nf4"))
     stack = mine.model.layers[0].mlp.experts.down_proj
