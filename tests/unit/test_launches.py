@@ -194,3 +194,13 @@ def test_dropout_takes_any_seed_for_one_kernel(seed: int) -> None:
     assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert 0.70 < float((out != 0).float().mean()) < 0.80
     assert torch.equal(triton_blocks.dropout(x, 0.25, seed, torch.empty_like(x)), out)
+
+
+def test_forgetting_leaves_other_devices_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers = {(torch.float32, device, stream): torch.empty(1) for device in (0, 1) for stream in (5, 6)}
+    monkeypatch.setattr(linear_op, "_gpu_buffers", buffers)
+    linear_op.forget_workspaces(torch.device("cuda", 0))
+    assert sorted(key[1:] for key in buffers) == [(1, 5), (1, 6)]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    linear_op.forget_workspaces(torch.device("cuda"))
+    assert not buffers
