@@ -218,3 +218,17 @@ def test_search_nested_scales_never_loses(name, signed):
     after = block_errors(w, spec, double_dequantize(*moved), zeros)
     assert (after <= before * (1 + 1e-4) + 1e-12).all()
     assert after.sum() < before.sum()
+
+
+@pytest.mark.parametrize("shape", [(100,), (3, 100), (2, 3, 100)])
+def test_importance_is_of_columns_or_of_elements(shape: tuple[int, ...]) -> None:
+    """Of weights of any number of dimensions; one a column is the same as it repeated for every row."""
+    w, columns = torch.randn(shape), torch.rand(100) ** 4
+    spec = QuantSpec("nf3", 16)
+    by_column, _ = search_scales(w, spec, importance=columns)
+    by_element, _ = search_scales(w, spec, importance=columns.expand(shape).contiguous())
+    assert torch.equal(by_column, by_element)
+    assert not torch.equal(by_column, search_scales(w, spec)[0])
+    for bad in (torch.ones(99), torch.ones(1, 100), torch.ones(())):
+        with pytest.raises(ValueError, match="importance has shape"):
+            search_scales(w, spec, importance=bad)

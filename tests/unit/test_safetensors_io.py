@@ -19,6 +19,7 @@ from qlora_engine.safetensors_io import (
     COPY_BYTES,
     DTYPE_BITS,
     DTYPE_NAMES,
+    TORCH_DTYPES,
     DenseTensor,
     ReadError,
     read_header,
@@ -193,3 +194,14 @@ def test_read_header_never_crashes(tmp_path_factory: pytest.TempPathFactory, dat
     for found in entries.values():
         assert found.begin + found.nbytes <= len(whole)
         assert found.numel * DTYPE_BITS[found.dtype] == found.nbytes * 8
+
+
+def test_dtypes_have_their_widths() -> None:
+    widths = {name: 8 * dtype.itemsize for name, dtype in TORCH_DTYPES.items()}
+    widths |= {f"U{bits}": bits for bits in (16, 32, 64)}  # torch holds them, as codes of nothing here
+    assert {name: DTYPE_BITS[name] for name in widths} == widths
+
+
+def test_a_tensor_of_as_many_dimensions_as_torch_has(tmp_path: Path) -> None:
+    write_file(tmp_path / "deep", [DenseTensor("a", torch.ones([1] * 63 + [2]))])
+    assert read_header(tmp_path / "deep")[0]["a"].read().ndim == 64
