@@ -270,6 +270,7 @@ def _with_fused_rotary(forward: Callable[..., Any]) -> Callable[..., Any] | None
     if original is None or not _is_rotary(original):
         return None
     replaced = {**known, _ROTARY: functools.partial(_rotary, original)}
+    replaced.pop("__name__", None)  # torch.compile would look names up in the module that is called so
     twin = types.FunctionType(code, replaced, forward.__name__, forward.__defaults__, forward.__closure__)
     functools.update_wrapper(twin, forward)
     twin.__kwdefaults__ = forward.__kwdefaults__

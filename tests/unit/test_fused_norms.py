@@ -349,6 +349,30 @@ def test_fused_blocks_switches_them_along(make_model: Any, calls: Calls) -> None
     assert fused_blocks.disable(model) == 2 + 3 + 1
 
 
+def test_a_layer_compiles_without_a_break(make_model: Any, calls: Calls) -> None:
+    """As it does unfused: the compiler fuses what it sees."""
+    model = adapted(make_model, "qwen3")
+    fused_blocks.enable(model)
+    layer = model.get_base_model().model.layers[0]
+    angles = torch.randn(2, 1, 6, 16, device=DEVICE).unbind()
+
+    def run(x: Tensor) -> Tensor:
+        y: Tensor = layer(x, position_embeddings=angles)
+        return y
+
+    x = torch.randn(2, 6, 64, device=DEVICE, requires_grad=True)
+    (want,) = torch.autograd.grad(run(x).square().sum(), x)
+    assert calls.taken() == (4, 1)
+    torch._dynamo.reset()
+    try:
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        (got,) = torch.autograd.grad(compiled(x).square().sum(), x)
+    finally:
+        torch._dynamo.reset()
+    assert calls.taken() == (0, 0)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
 def test_without_triton_only_query_key_and_value_are_switched(
     make_model: Any, monkeypatch: pytest.MonkeyPatch, calls: Calls
 ) -> None:
