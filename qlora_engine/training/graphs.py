@@ -2,10 +2,9 @@
 
 From Python a layer takes the host some ten milliseconds forward and backward, whatever the batch; a fast GPU,
 or a small model, waits for it. Here a layer's launches are captured once and replayed. A recomputed layer's
-forward graph keeps its input alone, its backward graph computes the layer again as far as it has to; another
-layer's activations stay in the graphs' memory from forward to backward. All graphs share one memory pool, so
-they are captured in the order of a step: forward from the first layer to the last, backward from the last to
-the first.
+forward graph keeps its input alone, its backward graph computes the layer again; another layer's activations
+stay in the graphs' memory from forward to backward. All graphs share one memory pool, so they are captured in
+the order of a step: forward from the first layer to the last, backward from the last to the first.
 
 The first training step runs as ever and shows what the layers are called with; at the second one the graphs
 are captured. A call of another shape, in eval mode or without gradients runs as ever, too.
@@ -26,7 +25,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from qlora_engine.errors import InputError
-from quant.linear_op import forget_workspaces
 
 from .recompute import decoder_layers
 
@@ -175,12 +173,10 @@ class GraphedLayers:
                     layer.places[index] = known
         self._statics = [source.detach().clone() for source in sources]
         self._sources = [None] * len(sources)
-        collecting = gc.isenabled()
-        gc.collect()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-            forget_workspaces(device)  # the graphs have theirs
-            torch.cuda.empty_cache()  # what the first step left serves no graph, and none can ask for it back
+        collecting = gc.isenabled()
+        gc.collect()
         gc.disable()  # freeing the last step's tensors is not to be part of a graph
         try:
             with _without_autocast_cache(device.type):
@@ -292,14 +288,15 @@ class _Layer:
             return y
 
         def run() -> list[Tensor]:
+            if self.recomputed:
+                with torch.no_grad():
+                    return [call(x)]
             self.leaf = x.detach().requires_grad_()
             with torch.enable_grad():
-                if self.recomputed:  # its backward stops computing again at what it needs last
-                    self.tape = checkpoint(call, self.leaf, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    self.tape = call(self.leaf)
+                self.tape = call(self.leaf)
             return [self.tape.detach()]
 
+        self.call = call
         self.replay_forward, (self.y,) = self.owner.capture(run)
         return self.y
 
@@ -308,6 +305,10 @@ class _Layer:
         self.grad = grad
 
         def run() -> list[Tensor]:
+            if self.recomputed:
+                self.leaf = self.x.detach().requires_grad_()
+                with torch.enable_grad():
+                    self.tape = self.call(self.leaf)
             tape, self.tape = self.tape, None
             assert tape is not None
             wanted = [self.leaf, *self.twins]
