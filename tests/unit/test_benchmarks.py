@@ -29,6 +29,18 @@ def test_time_each_interleaves_and_orders_percentiles() -> None:
     assert timings["short"].median < timings["long"].median
 
 
+def test_experts_are_measured_in_every_way(tmp_path: Path) -> None:
+    from benchmarks import experts
+
+    path = tmp_path / "experts.json"
+    given = ["--sizes", "tiny", "--device", "cpu", "--tokens", "3", "--repeats", "1", "--json", str(path)]
+    assert experts.main(given) == 0
+    rows = {row["experts"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == ["dense, grouped_mm", "dense, eager", "nf4", "nf4, LoRA 16"]
+    assert rows["nf4"]["held MB"] == pytest.approx(rows["dense, eager"]["held MB"] * 4.5 / 32)
+    assert all(row["ms"] > 0 for row in rows.values())
+
+
 def test_table_leaves_missing_cells_empty() -> None:
     rows = [{"name": "a", "error": 0.123456}, {"name": "bcd", "seconds": 2}]
     assert common.table(rows).splitlines() == [
