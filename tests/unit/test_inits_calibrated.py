@@ -14,8 +14,8 @@ from qlora_engine.rounding import objective
 from quant import QuantSpec
 from quant.tensor import encode
 
-METHODS = [name for name in inits.names() if inits.get(name).needs_hessian and inits.get(name).quantizes]
 DIAGONAL = ["qera", "qera-alternating", "qera-diag", "recipe", "recipe-fast"]
+METHODS = ["cloq", *DIAGONAL]
 
 
 def weight() -> Tensor:
@@ -31,6 +31,20 @@ def moment() -> Tensor:
 def run(method: str, hessian: Tensor | None = None, iters: int = 5, fmt: str = "nf2") -> Initialised:
     hessian = moment() if hessian is None else hessian
     return initialise(weight(), method=method, spec=QuantSpec(fmt, 32), rank=6, hessian=hessian, iters=iters)
+
+
+def test_what_the_methods_say_of_themselves() -> None:
+    for name in METHODS:
+        method = inits.get(name)
+        assert method.corrects
+        assert method.quantizes
+        assert method.needs_hessian
+        assert method.diagonal_hessian == (name in DIAGONAL)
+
+
+@pytest.mark.parametrize("iters", [1, 2, 3])
+def test_no_more_alternations_than_asked_for(iters: int) -> None:
+    assert len(run("qera-alternating", iters=iters, fmt="nf4").trace) == iters + 1
 
 
 @pytest.mark.parametrize("method", METHODS)
