@@ -293,7 +293,7 @@ def _through_down(dy: Tensor, gate_up: Tensor, down: Part) -> tuple[Tensor, Tens
     most = min(tokens, _MOST_TOKENS)
     both, d_acts = dy.new_empty(most, hidden + _aligned(r)), dy.new_empty(most, width)
     dA = None
-    for first in range(0, tokens, _MOST_TOKENS):
+    for first in range(0, max(tokens, 1), _MOST_TOKENS):  # of no tokens the gradients are zeros
         part = slice(first, first + _MOST_TOKENS)
         some = dy[part]
         dy_dh, d_act = both[: len(some), : hidden + r], d_acts[: len(some)]
