@@ -262,6 +262,8 @@ def _with_fused_rotary(forward: Callable[..., Any]) -> Callable[..., Any] | None
         The same code with globals of its own, so that nobody else sees the change; None where it calls no
         such function, or one that computes something else.
     """
+    if hasattr(forward, "__wrapped__"):
+        return _wrapped_again(forward)
     code: Any = getattr(forward, "__code__", None)
     known = getattr(forward, "__globals__", {})
     original = known.get(_ROTARY)
@@ -275,6 +277,23 @@ def _with_fused_rotary(forward: Callable[..., Any]) -> Callable[..., Any] | None
     functools.update_wrapper(twin, forward)
     twin.__kwdefaults__ = forward.__kwdefaults__
     twin._fused_rotary = True  # type: ignore[attr-defined]
+    return twin
+
+
+def _wrapped_again(decorated: Any) -> Callable[..., Any] | None:
+    """``_with_fused_rotary`` of a decorated function, whose decorator keeps what it calls in its closure."""
+    inner = decorated.__wrapped__
+    cells = (decorated.__closure__ or ()) if isinstance(decorated, types.FunctionType) else ()
+    holds = [cell == types.CellType(inner) for cell in cells]
+    function = _with_fused_rotary(inner)
+    if function is None or not any(holds):
+        return None
+    closure = tuple(types.CellType(function) if held else cell for held, cell in zip(holds, cells))
+    twin = types.FunctionType(
+        decorated.__code__, decorated.__globals__, decorated.__name__, decorated.__defaults__, closure
+    )
+    functools.update_wrapper(twin, function)  # _fused_rotary, too
+    twin.__kwdefaults__ = decorated.__kwdefaults__
     return twin
 
 

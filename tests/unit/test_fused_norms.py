@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -308,6 +309,29 @@ def test_generation_is_the_same(make_model: Any, calls: Calls) -> None:
     fused_norms.enable(model)
     assert torch.equal(model.generate(input_ids=ids, **options), want)
     assert calls.taken() == (6 * 3, 6)
+
+
+def test_decorated_attentions_are_switched_too(
+    make_model: Any, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers 5.24's are, which renames an argument on the way."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    plain, seen = LlamaAttention.forward, []
+
+    @functools.wraps(plain)
+    def decorated(*args: Any, **kwargs: Any) -> Any:
+        seen.append(1)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", decorated)
+    model = adapted(make_model, "llama")
+    want = loss_and_gradients(model)
+    assert fused_norms.enable(model) == 4
+    close(loss_and_gradients(model), want)
+    assert calls.taken() == (3, 1)
+    assert len(seen) == 2
+    assert fused_norms.disable(model) == 4
 
 
 def test_replayed_from_graphs(make_model: Any, calls: Calls) -> None:
