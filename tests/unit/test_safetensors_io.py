@@ -205,3 +205,9 @@ def test_dtypes_have_their_widths() -> None:
 def test_a_tensor_of_as_many_dimensions_as_torch_has(tmp_path: Path) -> None:
     write_file(tmp_path / "deep", [DenseTensor("a", torch.ones([1] * 63 + [2]))])
     assert read_header(tmp_path / "deep")[0]["a"].read().ndim == 64
+
+
+@pytest.mark.parametrize("length", range(1, 9))
+def test_data_starts_at_a_multiple_of_eight(tmp_path: Path, length: int) -> None:
+    write_file(tmp_path / "file", [DenseTensor("a" * length, torch.ones(2))])
+    assert int.from_bytes((tmp_path / "file").read_bytes()[:8], "little") % 8 == 0
