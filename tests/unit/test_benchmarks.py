@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import activations, common, error_report, real_models, results, short_finetune
+from benchmarks import activations, common, curve, error_report, real_models, results, short_finetune
 from qlora_engine import inits
 from quant import QuantSpec
 
@@ -161,3 +161,17 @@ def test_finetune_suite_puts_the_peers_in(make_model: Callable[..., Any]) -> Non
     ]
     assert rows[0] == ("qlora", 0)
     assert {("peft", 1), ("peft", 5), ("loftq", 5), ("recipe", 1)} <= set(rows)
+
+
+def test_our_curve_is_pefts(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    path = tmp_path / "curve.json"
+    arguments = "--tiny --steps 4 --rank 4 --max-length 64 --learning-rate 0.02 --json".split()
+    assert curve.main([*arguments, str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["ours"] < rows[0]["ours"] - 0.1
+    assert (
+        max(row["apart"] for row in rows) < 5e-3
+    )  # the tiny checkpoint is in float16, in which both compute
