@@ -167,7 +167,18 @@ def test_our_curve_is_pefts(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("peft")
     path = tmp_path / "curve.json"
-    arguments = "--tiny --steps 4 --rank 4 --max-length 64 --learning-rate 0.02 --json".split()
+    arguments = [
+        "--tiny",
+        "--steps",
+        "4",
+        "--rank",
+        "4",
+        "--max-length",
+        "64",
+        "--learning-rate",
+        "0.02",
+        "--json",
+    ]
     assert curve.main([*arguments, str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
