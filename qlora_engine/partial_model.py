@@ -167,6 +167,7 @@ class PartialModel:
         for key, pattern in unit.sources:
             converter.add_tensor(unit.first, key, pattern, self._cast(entries[key].read()))
         made = converter.convert(unit.first, model=self.model, config=self.model.config)
+        made = made[0] if isinstance(made, tuple) else made  # transformers 5.0 gives its errors beside it
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def _cast(self, tensor: Tensor) -> Tensor:

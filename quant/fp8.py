@@ -33,7 +33,7 @@ _FAST_SUMS = True
 def unavailable(device: torch.device) -> str | None:
     """Why float8 products can't run on ``device``, or None. On a CPU they run, for tests: slowly."""
     if device.type == "cpu":
-        return None
+        return None if _on_cpu() else f"torch {torch.__version__} multiplies float8 on CUDA alone"
     if device.type != "cuda":
         return f"float8 products run on CUDA (and for tests on the CPU), not on '{device.type}'"
     capability = torch.cuda.get_device_capability(device)
@@ -44,6 +44,16 @@ def unavailable(device: torch.device) -> str | None:
             "needed 8.9 (Ada, Hopper or newer)"
         )
     return None
+
+
+def _on_cpu() -> bool:
+    """Whether this torch multiplies float8 on a CPU: 2.6 does not."""
+    x, one = torch.zeros(MULTIPLE, MULTIPLE).to(torch.float8_e4m3fn), torch.ones(())
+    try:
+        torch._scaled_mm(x, x.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def check(device: torch.device, shape: torch.Size | tuple[int, ...], title: str = "the weight") -> None:

@@ -15,10 +15,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.cli.test_merge import done, error, files, invoke, run_in_child, spoil_config, spoil_tensor
+from tests.parity.releases import since
 from tests.parity.test_peft_experts import adapter_of_before
 
 peft = pytest.importorskip("peft")
 
+pytestmark = since("0.20", "the factors of stacks lie otherwise, and former names of experts are unknown")
 IDS = torch.arange(1, 25).reshape(2, 12)
 _SIZES = {"vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _SIZES |= {"num_key_value_heads": 2, "num_experts_per_tok": 2, "num_local_experts": 4}

@@ -212,14 +212,15 @@ def test_a_block_may_be_given_other_modules(make_checkpoint: Callable[..., Path]
 
 def test_model_and_gradient_mode_are_as_before(make_model: Callable[..., Any]) -> None:
     model = make_model("mixtral").train()
-    experts = model.get_experts_implementation()
+    now = getattr(model, "get_experts_implementation", lambda: None)  # transformers 5.0 has but one
+    experts = now()
     forwards = [layer.__dict__.get("forward") for layer in model.model.layers]
     for _ in walk_blocks(model, windows(9)):
         assert torch.is_grad_enabled()
     assert torch.is_grad_enabled()
     assert model.training
     assert model.config.use_cache
-    assert model.get_experts_implementation() == experts
+    assert now() == experts
     assert [layer.__dict__.get("forward") for layer in model.model.layers] == forwards
     assert not any(m._forward_pre_hooks for m in model.modules())
 

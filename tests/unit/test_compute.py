@@ -18,7 +18,12 @@ from qlora_engine import (
     set_compute,
 )
 from qlora_engine.errors import InputError
+from quant import fp8
 from quant.linear import QuantLinear
+
+float8 = pytest.mark.skipif(
+    fp8.unavailable(torch.device("cpu")) is not None, reason="this torch multiplies float8 on CUDA alone"
+)
 
 
 def adapted(make_model: Callable[..., Any], **runtime: Any) -> Any:
@@ -40,6 +45,7 @@ def gradients(model: Any) -> tuple[float, list[torch.Tensor]]:
     return loss.item(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
 
+@float8
 def test_lora_config_switches_it_on_and_set_compute_off(make_model: Callable[..., Any]) -> None:
     model = adapted(make_model, compute="fp8")
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
@@ -56,6 +62,7 @@ def test_lora_config_switches_it_on_and_set_compute_off(make_model: Callable[...
     assert "compute" not in model.peft_config["default"].to_dict()
 
 
+@float8
 def test_from_pretrained(make_model: Callable[..., Any], tmp_path: Path) -> None:
     adapted(make_model).unload().save_pretrained(tmp_path)
     model = from_pretrained(tmp_path, compute="fp8")
@@ -63,6 +70,7 @@ def test_from_pretrained(make_model: Callable[..., Any], tmp_path: Path) -> None
     assert model(input_ids=torch.arange(5)[None]).logits.isfinite().all()
 
 
+@float8
 def test_what_cannot_be_is_refused_and_changes_nothing(make_model: Callable[..., Any]) -> None:
     model = adapted(make_model)
     with pytest.raises(InputError, match="compute='fp9'; allowed: same, fp8"):

@@ -10,6 +10,8 @@ from qlora_engine.fused import lora_linear
 from quant import QuantizedTensor, QuantSpec, formats, fp8, quantize
 from quant.linear import QuantLinear
 
+WHY_NOT = fp8.unavailable(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 E4M3 = torch.float8_e4m3fn
 SPECS = [QuantSpec(name, 64, nested) for name in formats.names() for nested in (False, True)]
 
