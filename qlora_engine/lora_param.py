@@ -278,8 +278,11 @@ class _AdaptedMatrix(ExpertMatrix):
         super().__init__(matrix.layer, matrix.in_out)
         self._inner, self._added = matrix, added
 
-    def copy(self) -> ExpertMatrix:
-        raise NotImplementedError("an adapted expert is not transposed before its product")
+    @property
+    def T(self) -> ExpertMatrix:
+        """Transposed."""
+        turned = [(right.mT, left.mT, scaling) for left, right, scaling in self._added]
+        return _AdaptedMatrix(self._inner.T, turned)
 
     def product(self, x: Tensor) -> Tensor:
         y = self._inner.product(x)

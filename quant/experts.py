@@ -41,15 +41,12 @@ class ExpertMatrix:
     @property
     def T(self) -> ExpertMatrix:
         """Transposed."""
-        turned = self.copy()
-        turned.in_out = not self.in_out
-        return turned
+        return ExpertMatrix(self.layer, not self.in_out)
 
-    mT = T
-
-    def copy(self) -> ExpertMatrix:
-        """Another operand of the same matrix."""
-        return ExpertMatrix(self.layer, self.in_out)
+    @property
+    def mT(self) -> ExpertMatrix:
+        """Transposed."""
+        return self.T
 
     def product(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in x's dtype (under autocast, in autocast's)."""

@@ -13,7 +13,7 @@ from torch import nn
 
 import qlora_engine as qe
 from qlora_engine.expert_stack import multiplies_in_out, parameter_names, place_of, put_layer, settle_experts
-from qlora_engine.lora_param import ParamWrapper
+from qlora_engine.lora_param import ParamWrapper, _AdaptedMatrix
 from quant import QuantSpec
 from quant.experts import ExpertMatrix, QuantExperts
 from quant.linear import QuantLinear
@@ -237,6 +237,12 @@ def test_operands() -> None:
     torch.testing.assert_close(torch.matmul(x, stack[-1]), x @ dense[3])
     torch.testing.assert_close(nn.functional.linear(x, matrix.T), x @ dense[1])
     torch.testing.assert_close(nn.functional.linear(x, matrix.T, torch.ones(32)), x @ dense[1] + 1)
+    left, right = torch.randn(48, 2), torch.randn(2, 32)
+    adapted = _AdaptedMatrix(matrix, [(left, right, 0.5)])
+    want = x @ (dense[1] + 0.5 * left @ right)
+    for y in (x @ adapted, nn.functional.linear(x, adapted.T), nn.functional.linear(x, adapted.mT)):
+        torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x @ adapted.T.T.dense(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.relu(matrix), dense[1].relu())
     torch.testing.assert_close(stack[torch.tensor([0, 2])], dense[[0, 2]])
     torch.testing.assert_close(torch.stack([m.dense() for m in stack]), dense)
