@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -16,7 +15,7 @@ from qlora_engine import LoftQConfig, LoraConfig, PeftModel, get_peft_model, rep
 from qlora_engine.loading import from_pretrained
 
 from .command import files, invoke
-from .test_loftq_init_resume import interfere
+from .test_loftq_init_resume import in_child
 
 IDS = torch.arange(3, 99).reshape(2, 48)
 
@@ -123,16 +122,7 @@ def test_the_same_model_as_in_python(
 
 
 def run_in_child(kill_at: int, *arguments: Any) -> int:
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            torch.set_num_threads(1)
-            with interfere(kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL)):
-                code = invoke(*arguments).code
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return in_child(kill_at, lambda: invoke(*arguments).code)
 
 
 def test_killed_and_resumed_gives_the_same_bytes(

@@ -54,8 +54,8 @@ def interfere(at: int, act: Callable[[], None], calls: tuple[str, ...] = CHANGES
             setattr(os, name, function)
 
 
-def run_in_child(source: Path, out: Path, *arguments: Any, kill_at: int = -1) -> int:
-    """Run the command in a forked child, which kills itself before a certain change; its wait status.
+def in_child(kill_at: int, call: Callable[[], int]) -> int:
+    """Call in a forked child, which kills itself before a certain change of a file; its exit code.
 
     A fork needs no imports, so that a hundred kills take seconds; SIGKILL leaves no cleaning up.
     """
@@ -64,12 +64,21 @@ def run_in_child(source: Path, out: Path, *arguments: Any, kill_at: int = -1) ->
         code = 70
         try:
             torch.set_num_threads(1)  # the threads of the parent do not exist here
-            os.chdir(out.parent)
             with interfere(kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL)):
-                code = invoke(source, out.name, *ARGUMENTS, *arguments).code
+                code = call()
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run_in_child(source: Path, out: Path, *arguments: Any, kill_at: int = -1) -> int:
+    """The command in ``in_child``, from the folder of its output."""
+
+    def call() -> int:
+        os.chdir(out.parent)
+        return invoke(source, out.name, *ARGUMENTS, *arguments).code
+
+    return in_child(kill_at, call)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ import qlora_engine as qe
 from qlora_engine.cli import merge
 from tests.cli.command import ROOT, Result
 from tests.cli.command import invoke as loftq_init
-from tests.cli.test_loftq_init_resume import interfere
+from tests.cli.test_loftq_init_resume import in_child, interfere
 from tests.conftest import MODELS
 
 MakeCheckpoint = Callable[..., Path]
@@ -503,16 +503,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def run_in_child(kill_at: int, *arguments: Any) -> int:
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            torch.set_num_threads(1)
-            with interfere(kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL)):
-                code = invoke(*arguments).code
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return in_child(kill_at, lambda: invoke(*arguments).code)
 
 
 @pytest.mark.parametrize("requantize", [(), ("--requantize", "nf4")], ids=["dense", "nf4"])
