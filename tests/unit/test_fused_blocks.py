@@ -163,6 +163,8 @@ def test_a_recomputed_layer_does_not_come_to_the_last_product(
     from qlora_engine.training import graphs, recompute
     from tests.unit.test_training_graphs import capture
 
+    if replayed and DEVICE == "cuda":
+        pytest.skip("a real graph decodes without a call that could be counted")
     want_loss, want = loss_and_gradients(llama)
     fused_blocks.enable(llama, norms=False)
     recompute.apply(llama, 2)
@@ -176,7 +178,7 @@ def test_a_recomputed_layer_does_not_come_to_the_last_product(
     real = Weight.decode
 
     def decode(self: Weight, out: Tensor, *args: int) -> Tensor:
-        if out.is_contiguous():  # into strided rows it goes by way of one that is
+        if out.is_contiguous() or DEVICE == "cuda":  # elsewhere strided rows go by way of ones that are not
             shapes.append(self.shape)
         return real(self, out, *args)
 

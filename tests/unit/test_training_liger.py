@@ -15,6 +15,8 @@ from qlora_engine.training import liger
 from qlora_engine.training import loss as module
 from qlora_engine.training.loss import chunked_cross_entropy, loss_bytes, use_chunked_loss
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton is interpreted where there is no GPU
+
 
 def needs_liger() -> None:
     pytest.importorskip("liger_kernel")
@@ -26,9 +28,9 @@ def needs_liger() -> None:
 def test_equals_ours(rows: int, dtype: torch.dtype) -> None:
     needs_liger()
     generator = torch.Generator().manual_seed(rows)
-    hidden = torch.randn(rows, 12, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(50, 12, generator=generator).to(dtype)
-    targets = torch.randint(50, (rows,), generator=generator)
+    hidden = torch.randn(rows, 12, generator=generator).to(DEVICE, dtype).requires_grad_()
+    weight = torch.randn(50, 12, generator=generator).to(DEVICE, dtype)
+    targets = torch.randint(50, (rows,), generator=generator).to(DEVICE)
     targets[1::3] = -100
     got = liger.cross_entropy(hidden, weight, targets, 16)
     want = chunked_cross_entropy(hidden, weight, targets)
@@ -73,7 +75,7 @@ def test_a_model_trains_the_same_with_either(make_model: Any, monkeypatch: pytes
     seen: list[int] = []
     real = liger.cross_entropy
     monkeypatch.setattr(liger, "cross_entropy", lambda *args: seen.append(len(args[0])) or real(*args))
-    model = adapted(make_model("llama"))
+    model = adapted(make_model("llama").to(DEVICE))
     assert use_chunked_loss(model, "chunked") == "chunked"
     want = losses_and_gradients(model)
     assert not seen
@@ -140,7 +142,8 @@ def test_rows_are_liger_kernels_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "liger_cross_entropy_kernel", Kernel())
     for rows in (5, 24, 33, 120):
         seen.clear()
-        liger.cross_entropy(torch.randn(rows, 4), torch.randn(50, 4), torch.zeros(rows, dtype=torch.long), 8)
+        hidden, weight = torch.randn(rows, 4, device=DEVICE), torch.randn(50, 4, device=DEVICE)
+        liger.cross_entropy(hidden, weight, torch.zeros(rows, dtype=torch.long, device=DEVICE), 8)
         assert max(seen) == liger.chunk_rows(rows, 50, 4, 8) <= 8
         assert sum(seen) == rows
 
