@@ -1,113 +1,118 @@
-"""The experts of a checkpoint as matrices to quantise, one by one, however the disk keeps them."""
+"""Which stacked experts ``loftq-init`` quantises, in what format and with which adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+from quant import QuantSpec
 
 from .architecture import Architecture, ModuleInfo
 from .checkpoint import Checkpoint
-from .expert_layout import Slab, expert_slabs
-from .expert_merge import expert_entry
-from .expert_stack import is_stack, multiplies_in_out
-from .safetensors_io import DTYPE_BITS, FLOAT_DTYPES, TensorEntry
+from .errors import InputError, did_you_mean
+from .expert_layout import is_stored_in_out
+from .layer_plan import LayerPlan, plan_layer
+from .options import InitOptions
+from .stored_expert import ExpertEntry, expert_matrices
+from .targets import get_pattern_key
 
 
-@dataclass(frozen=True)
-class ExpertEntry:
-    """One expert's matrix as the model has it, put together from where it lies; reads like a TensorEntry.
-
-    Attributes:
-        name: The stacked Parameter and the expert's number.
-        dtype: safetensors' name.
-        shape: (a, b) of the Parameter's matrices.
-        expert: Its number.
-        parts: Tensors on disk with their places, by rows.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    expert: int
-    parts: tuple[tuple[TensorEntry, Slab], ...]
-
-    @property
-    def stack(self) -> str:
-        """The Parameter."""
-        return self.name.rpartition(".")[0]
-
-    @property
-    def path(self) -> Path:
-        """A file that it is in."""
-        return self.parts[0][0].path
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Names on disk."""
-        return tuple(entry.name for entry, _ in self.parts)
-
-    @property
-    def numel(self) -> int:
-        """Weights in it."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return self.numel * DTYPE_BITS[self.dtype] // 8
-
-    def read(self) -> Tensor:
-        """The matrix (a, b), in memory of its own.
-
-        Raises:
-            ReadError: a file is not what its header said.
-        """
-        rows = []
-        for entry, slab in self.parts:
-            own = entry if slab.expert is not None else expert_entry(entry, self.expert)
-            tensor = own.read()
-            rows.append(tensor.mT if slab.transposed else tensor)
-        return torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
-
-
-def expert_matrices(
-    checkpoint: Checkpoint, architecture: Architecture
+def plan_experts(
+    checkpoint: Checkpoint, architecture: Architecture, options: InitOptions, is_native: bool
 ) -> tuple[list[tuple[ModuleInfo, ExpertEntry]], list[str]]:
-    """Every expert that can be quantised, as a layer; and the stacked Parameters that cannot, by name.
+    """The experts to quantise, and notes. ``is_native``: the rest is saved in the native format."""
+    wanted = options.quantize_experts
+    if options.target_parameters:
+        if wanted is False:
+            raise InputError("--target-parameters adapts quantised experts; leave out --no-quantize-experts")
+        wanted = True
+    if wanted and options.save_format in ("bnb", "dense"):
+        why = (
+            "transformers with bitsandbytes quantises Linears alone"
+            if options.save_format == "bnb"
+            else "their layout on disk is not written"
+        )
+        raise InputError(
+            f"--quantize-experts with --save-format {options.save_format}: {why}; choose native, or "
+            "leave the experts dense"
+        )
+    if wanted is False or (wanted is None and not is_native):
+        return [], []
+    found, left = expert_matrices(checkpoint, architecture)
+    found = [(module, entry) for module, entry in found if not _is_excluded(options, entry)]
+    notes = []
+    if left:
+        notes.append(
+            f"{len(left)} stacks of experts stay dense, e.g. '{left[0]}': what they are made from on disk is "
+            "incomplete, not floating point, or put together in a way that is not known here"
+        )
+    if wanted and not found:
+        notes.append("--quantize-experts: this model has no stacked experts that can be quantised")
+    if found:
+        stacks = {entry.stack for _, entry in found}
+        notes.append(
+            f"{len(found)} experts in {len(stacks)} stacks, {sum(e.numel for _, e in found):,} weights, are "
+            f"quantised{'' if options.target_parameters else ' without adapters'}; qlora_engine loads them, "
+            "transformers with bitsandbytes does not (--no-quantize-experts keeps them dense)"
+        )
+    return found, notes
 
-    A layer's path is that of the Parameter and its number. Those with (in, out) matrices are of kind
-    "conv1d".
+
+def adapted_stacks(
+    architecture: Architecture, options: InitOptions, experts: Sequence[tuple[ModuleInfo, ExpertEntry]]
+) -> set[str]:
+    """The stacks that ``target_parameters`` names.
+
+    Raises:
+        InputError: a name of none that is quantised, or of one whose matrices PEFT takes the other way round.
     """
-    slabs = expert_slabs(architecture, {name: entry.shape for name, entry in checkpoint.tensors.items()})
-    by_parameter: dict[str, list[tuple[TensorEntry, Slab]]] = {}
-    for name, slab in slabs.items():
-        by_parameter.setdefault(slab.parameter, []).append((checkpoint.tensors[name], slab))
-    modules = dict(architecture._model.named_modules())
-    found: list[tuple[ModuleInfo, ExpertEntry]] = []
-    left: list[str] = []
-    for parameter, whole in architecture.parameters.items():
-        owner, leaf = modules.get(parameter.rpartition(".")[0]), parameter.rpartition(".")[2]
-        if len(whole) != 3 or owner is None or not is_stack(owner, leaf):
-            continue
-        parts = by_parameter.get(parameter, [])
-        dtypes = {entry.dtype for entry, _ in parts}
-        if len(dtypes) != 1 or not dtypes <= set(FLOAT_DTYPES):
-            left.append(parameter)
-            continue
-        (dtype,) = dtypes
-        in_out = multiplies_in_out(owner)
-        shape = (whole[2], whole[1]) if in_out else (whole[1], whole[2])
-        for number in range(whole[0]):
-            mine = sorted(_of_expert(parts, number), key=lambda part: part[1].start)
-            path = f"{parameter}.{number}"
-            module = ModuleInfo(path, "conv1d" if in_out else "linear", shape)
-            found.append((module, ExpertEntry(path, dtype, whole[1:], number, tuple(mine))))
-    return found, left
+    stacks = {entry.stack: module for module, entry in experts}
+    found = set()
+    for name in options.target_parameters:
+        mine = [stack for stack in stacks if f".{stack}".endswith(f".{name}")]
+        if not mine:
+            names = list(dict.fromkeys(stack.rpartition(".")[2] for stack in stacks))
+            raise InputError(
+                f"--target-parameters '{name}' is no stack of experts that is quantised"
+                f"{did_you_mean(name, names)}; there are: {', '.join(names) or 'none'}"
+            )
+        found.update(mine)
+    for stack in found:
+        if (stacks[stack].kind == "conv1d") != is_stored_in_out(architecture, stack.rpartition(".")[0]):
+            raise InputError(
+                f"--target-parameters: '{stack}' multiplies with (in, out) matrices, which PEFT takes for "
+                "(out, in); leave it without an adapter"
+            )
+    return found
 
 
-def _of_expert(parts: Iterable[tuple[TensorEntry, Slab]], number: int) -> list[tuple[TensorEntry, Slab]]:
-    return [(entry, slab) for entry, slab in parts if slab.expert in (None, number)]
+def expert_layers(
+    start: int,
+    experts: Sequence[tuple[ModuleInfo, ExpertEntry]],
+    adapted: set[str],
+    options: InitOptions,
+) -> tuple[LayerPlan, ...]:
+    """The plans of ``experts``, numbered from ``start``; those in the stacks ``adapted`` get an adapter.
+
+    Raises:
+        InputError: a rank too large.
+    """
+    return tuple(
+        plan_layer(index, module, entry, _spec(options, entry), options, is_adapted=entry.stack in adapted)
+        for index, (module, entry) in enumerate(experts, start)
+    )
+
+
+def _is_excluded(options: InitOptions, entry: ExpertEntry) -> bool:
+    """Whether ``exclude_modules`` names the expert, its stack or the module that has it."""
+    paths = (entry.name, entry.stack, entry.stack.rpartition(".")[0])
+    if isinstance(options.exclude_modules, str):
+        return any(re.fullmatch(options.exclude_modules, path) for path in paths)
+    return any(f".{path}".endswith(f".{name}") for name in options.exclude_modules for path in paths)
+
+
+def _spec(options: InitOptions, entry: ExpertEntry) -> QuantSpec:
+    """``bits_pattern`` may name the stack as it would a Linear, or the one expert."""
+    patterns = list(options.bits_pattern)
+    key = get_pattern_key(patterns, entry.stack)
+    return options.spec_for(key if key in options.bits_pattern else get_pattern_key(patterns, entry.name))

@@ -18,15 +18,17 @@ from .checkpoint import CONFIG_FILE, shard_names, split_shards, write_index
 from .errors import InputError
 from .files import copy_file, read_json_object, rename_into_place, write_json
 from .fingerprint import FINGERPRINT_FILE, Fingerprint, module_digest
+from .layer_plan import LayerPlan
 from .merge_job import Job
 from .merge_plan import MergePlan
 from .merge_worker import LazyTensor, MergedLayer, Progress, Worker
 from .options import InitOptions
 from .peak_memory import peak_memory
 from .pipeline import versions
-from .plan import LayerPlan, Plan, skip_modules
+from .plan import Plan
 from .safetensors_io import TensorEntry, Writable, read_header, write_file
 from .serialise import ConvertedTensor, layer_tensors, model_config
+from .skip_modules import skip_modules
 from .workspace import Workspace
 
 REPORT_FILE = "merge_report.json"

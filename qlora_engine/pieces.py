@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .distributed import world
 from .files import rename_into_place
-from .plan import LayerPlan
+from .layer_plan import LayerPlan
 from .report import LayerReport, dumps
 from .safetensors_io import TensorEntry, read_header, write_file
 from .solve import SolvedLayer

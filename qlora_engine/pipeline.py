@@ -27,9 +27,10 @@ from .errors import InputError
 from .expert_adapter import stack_paths, stacked_factors
 from .files import copy_file, rename_into_place, write_json
 from .fingerprint import Fingerprint
+from .layer_plan import LayerPlan
 from .peak_memory import peak_memory
 from .pieces import Pieces
-from .plan import LayerPlan, Plan
+from .plan import Plan
 from .propagate_run import Propagation, propagate_layers, propagation_notes
 from .report import LayerReport, RunReport, dumps
 from .report_html import write_html

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,16 +14,17 @@ from .architecture import Architecture, Home, ModuleInfo
 from .checkpoint import Checkpoint, natural_order
 from .config import LoraConfig
 from .errors import InputError, did_you_mean
-from .expert_layout import is_stored_in_out
-from .expert_plan import ExpertEntry, expert_matrices
+from .expert_plan import adapted_stacks, expert_layers, plan_experts
+from .layer_plan import LayerPlan, plan_layer
 from .options import InitOptions
 from .safetensors_io import DTYPE_BITS, FLOAT_DTYPES, TensorEntry
+from .skip_modules import skip_modules
+from .stored_expert import ExpertEntry
 from .targets import (
     anchored,
     check_target_module_exists,
     condense,
     get_pattern_key,
-    pattern_value,
     plan_targets,
     reads_past_forward,
 )
@@ -32,50 +32,6 @@ from .targets import (
 DTYPE_OF_STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
 STORED_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 SOLVABLE_KINDS = ("linear", "conv1d", "embedding")
-# Heads that another model class would put on this base; transformers must not expect them in 4 bits.
-USUAL_HEADS = ("lm_head", "score", "classifier", "qa_outputs")
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One weight to quantise.
-
-    Attributes:
-        index: Position in the plan.
-        module: Its module.
-        entry: Its tensor on disk, or what makes one expert of several.
-        spec: How it will be quantised.
-        rank: Of its adapter; 0: none.
-        alpha: lora_alpha of its adapter.
-        scaling: PEFT's factor of the adapter's product.
-    """
-
-    index: int
-    module: ModuleInfo
-    entry: TensorEntry | ExpertEntry
-    spec: QuantSpec
-    rank: int
-    alpha: float
-    scaling: float
-
-    @property
-    def path(self) -> str:
-        """Module path."""
-        return self.module.path
-
-    @property
-    def numel(self) -> int:
-        """Weights in it."""
-        return self.entry.numel
-
-    @property
-    def stack(self) -> str | None:
-        """Of an expert the stacked Parameter that it is in."""
-        return self.entry.stack if isinstance(self.entry, ExpertEntry) else None
-
-    def factor_bytes(self, element: int) -> int:
-        """Bytes of A and B with ``element`` bytes an element."""
-        return self.rank * sum(self.module.shape) * element
 
 
 @dataclass(frozen=True)
@@ -199,6 +155,25 @@ def _solvable(architecture: Architecture) -> list[str]:
     return [module.path for module in architecture.modules if module.kind in SOLVABLE_KINDS]
 
 
+def _rest(architecture: Architecture) -> set[str]:
+    """Paths of what ``quantize_rest`` adds: every Linear that no head is and whose forward is what runs."""
+    return {
+        module.path
+        for module in architecture.modules
+        if module.kind in ("linear", "conv1d")
+        and module.path not in architecture.heads
+        and not reads_past_forward(architecture.model_type, module.path)
+    }
+
+
+def _check_dense(checkpoint: Checkpoint) -> None:
+    if method := checkpoint.config.get("quantization_config"):
+        method = method.get("quant_method", method) if isinstance(method, dict) else method
+        raise InputError(
+            f"{checkpoint.folder} is quantised already ({method!r:.60}); give the original checkpoint"
+        )
+
+
 def _check_untied(architecture: Architecture, targeted: Iterable[str]) -> None:
     for path in targeted:
         if f"{path}.weight" in architecture.tied:
@@ -241,113 +216,6 @@ def _checked(entry: TensorEntry, module: ModuleInfo) -> TensorEntry:
     return entry
 
 
-def _experts(
-    checkpoint: Checkpoint, architecture: Architecture, options: InitOptions, is_native: bool
-) -> tuple[list[tuple[ModuleInfo, ExpertEntry]], list[str]]:
-    """The experts to quantise, and notes. ``is_native``: the rest is saved in the native format."""
-    wanted = options.quantize_experts
-    if options.target_parameters:
-        if wanted is False:
-            raise InputError("--target-parameters adapts quantised experts; leave out --no-quantize-experts")
-        wanted = True
-    if wanted and options.save_format in ("bnb", "dense"):
-        why = (
-            "transformers with bitsandbytes quantises Linears alone"
-            if options.save_format == "bnb"
-            else "their layout on disk is not written"
-        )
-        raise InputError(
-            f"--quantize-experts with --save-format {options.save_format}: {why}; choose native, or "
-            "leave the experts dense"
-        )
-    if wanted is False or (wanted is None and not is_native):
-        return [], []
-    found, left = expert_matrices(checkpoint, architecture)
-    found = [(module, entry) for module, entry in found if not _is_excluded(options, entry)]
-    notes = []
-    if left:
-        notes.append(
-            f"{len(left)} stacks of experts stay dense, e.g. '{left[0]}': what they are made from on disk is "
-            "incomplete, not floating point, or put together in a way that is not known here"
-        )
-    if wanted and not found:
-        notes.append("--quantize-experts: this model has no stacked experts that can be quantised")
-    if found:
-        stacks = {entry.stack for _, entry in found}
-        notes.append(
-            f"{len(found)} experts in {len(stacks)} stacks, {sum(e.numel for _, e in found):,} weights, are "
-            f"quantised{'' if options.target_parameters else ' without adapters'}; qlora_engine loads them, "
-            "transformers with bitsandbytes does not (--no-quantize-experts keeps them dense)"
-        )
-    return found, notes
-
-
-def _adapted_stacks(
-    architecture: Architecture, options: InitOptions, experts: Sequence[tuple[ModuleInfo, ExpertEntry]]
-) -> set[str]:
-    """The stacks that ``target_parameters`` names.
-
-    Raises:
-        InputError: a name of none that is quantised, or of one whose matrices PEFT takes the other way round.
-    """
-    stacks = {entry.stack: module for module, entry in experts}
-    found = set()
-    for name in options.target_parameters:
-        mine = [stack for stack in stacks if f".{stack}".endswith(f".{name}")]
-        if not mine:
-            names = list(dict.fromkeys(stack.rpartition(".")[2] for stack in stacks))
-            raise InputError(
-                f"--target-parameters '{name}' is no stack of experts that is quantised"
-                f"{did_you_mean(name, names)}; there are: {', '.join(names) or 'none'}"
-            )
-        found.update(mine)
-    for stack in found:
-        if (stacks[stack].kind == "conv1d") != is_stored_in_out(architecture, stack.rpartition(".")[0]):
-            raise InputError(
-                f"--target-parameters: '{stack}' multiplies with (in, out) matrices, which PEFT takes for "
-                "(out, in); leave it without an adapter"
-            )
-    return found
-
-
-def _expert_layers(
-    start: int,
-    experts: Sequence[tuple[ModuleInfo, ExpertEntry]],
-    adapted: set[str],
-    options: InitOptions,
-) -> tuple[LayerPlan, ...]:
-    ranks, alphas = dict(options.rank_pattern), dict(options.alpha_pattern)
-    layers = []
-    for index, (module, entry) in enumerate(experts, start):
-        rank = pattern_value(ranks, entry.stack, options.rank, field_name="rank_pattern")
-        alpha = pattern_value(alphas, entry.stack, options.lora_alpha, field_name="alpha_pattern")
-        if entry.stack in adapted and rank > min(module.shape):
-            raise InputError(
-                f"rank {rank} is too large for '{entry.name}' of shape {module.shape}: at most "
-                f"{min(module.shape)} (give its stack a smaller one with --rank-pattern)"
-            )
-        scaling = alpha / rank**0.5 if options.rslora else alpha / rank
-        rank = rank if entry.stack in adapted else 0
-        spec = _spec_of_expert(options, entry)
-        layers.append(LayerPlan(index, module, entry, spec, rank, alpha, scaling))
-    return tuple(layers)
-
-
-def _is_excluded(options: InitOptions, entry: ExpertEntry) -> bool:
-    """Whether ``exclude_modules`` names the expert, its stack or the module that has it."""
-    paths = (entry.name, entry.stack, entry.stack.rpartition(".")[0])
-    if isinstance(options.exclude_modules, str):
-        return any(re.fullmatch(options.exclude_modules, path) for path in paths)
-    return any(f".{path}".endswith(f".{name}") for name in options.exclude_modules for path in paths)
-
-
-def _spec_of_expert(options: InitOptions, entry: ExpertEntry) -> QuantSpec:
-    """``bits_pattern`` may name the stack as it would a Linear, or the one expert."""
-    patterns = list(options.bits_pattern)
-    key = get_pattern_key(patterns, entry.stack)
-    return options.spec_for(key if key in options.bits_pattern else get_pattern_key(patterns, entry.name))
-
-
 def _fused_note(checkpoint: Checkpoint, architecture: Architecture, homes: dict[str, Home]) -> list[str]:
     """Mixture-of-experts weights, which are one stacked parameter in memory, whatever they are on disk."""
     stacked = {
@@ -380,33 +248,6 @@ def _save_format(
     return ("bnb", None) if why is None else ("native", why)
 
 
-def converts_to_4bit(path: str, skip: Sequence[str]) -> bool:
-    """Whether transformers makes the module ``path`` a 4-bit one, given ``llm_int8_skip_modules``.
-
-    Source: transformers 5.23, ``quantizers_utils.should_convert_module``.
-    """
-    boundary = r"(?:(?<=\.)|(?=\.|$))"
-    return not any(re.match(rf"(?:{key}){boundary}", path) or path.endswith(key) for key in skip)
-
-
-def skip_modules(architecture: Architecture, quantised: set[str]) -> tuple[str, ...]:
-    """Entries for ``llm_int8_skip_modules`` by which exactly the modules in ``quantised`` become 4-bit ones.
-
-    A path is preferred; where it would also catch a quantised module, an anchored regex names it alone.
-    """
-
-    def entry(name: str) -> str:
-        caught = any(not converts_to_4bit(path, [name]) for path in quantised)
-        return f"^{re.escape(name)}$" if caught else name
-
-    candidates = [module.path for module in architecture.modules if module.stock_4bit]
-    dense = [path for path in candidates if path not in quantised]
-    prefix = f"{architecture.base_prefix}."
-    # The base model alone (AutoModel on a language model's folder) has the same modules without the prefix.
-    names = [*dense, *(path.removeprefix(prefix) for path in dense if len(prefix) > 1), *USUAL_HEADS]
-    return tuple(dict.fromkeys(entry(name) for name in names))
-
-
 def _target_modules(architecture: Architecture, given: Any, adapted: set[str]) -> Any:
     """``given`` if PEFT would find exactly ``adapted`` with it, otherwise the shortest names that do."""
     paths = [module.path for module in architecture.modules]
@@ -424,24 +265,11 @@ def make_plan(checkpoint: Checkpoint, architecture: Architecture, options: InitO
         InputError: already quantised, nothing matches, a rank too large, a tied or missing weight, shapes
             that contradict config.json, a save format that cannot hold what was asked for.
     """
-    if checkpoint.config.get("quantization_config"):
-        method = checkpoint.config["quantization_config"]
-        method = method.get("quant_method", method) if isinstance(method, dict) else method
-        raise InputError(
-            f"{checkpoint.folder} is quantised already ({method!r:.60}); give the original checkpoint"
-        )
+    _check_dense(checkpoint)
     adapted, given, notes = _targets(architecture, options)
     _check_untied(architecture, adapted)
-    chosen = set(adapted)
-    if options.quantize_rest:
-        chosen |= {
-            module.path
-            for module in architecture.modules
-            if module.kind in ("linear", "conv1d")
-            and module.path not in architecture.heads
-            and not reads_past_forward(architecture.model_type, module.path)
-        }
     homes = architecture.homes(checkpoint.tensors)
+    chosen = adapted | (_rest(architecture) if options.quantize_rest else set())
     modules = [module for module in architecture.modules if module.path in chosen]
     entries, left = _locate(checkpoint, homes, modules)
     if left:
@@ -457,7 +285,7 @@ def make_plan(checkpoint: Checkpoint, architecture: Architecture, options: InitO
     save_format, why_native = _save_format(options, specs, {m.path: m.kind for m in modules})
     if why_native is not None:
         notes.append(f"saved in the native format: {why_native}")
-    experts, about_experts = _experts(checkpoint, architecture, options, save_format == "native")
+    experts, about_experts = plan_experts(checkpoint, architecture, options, save_format == "native")
     if experts and save_format == "bnb":
         save_format = "native"
         notes.append("saved in the native format: quantised experts have no other")
@@ -475,9 +303,12 @@ def make_plan(checkpoint: Checkpoint, architecture: Architecture, options: InitO
         raise InputError(f"nothing is left to adapt: {'; '.join(notes)}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        layers = _layers(modules, entries, specs, adapted, options)
-        stacks = _adapted_stacks(architecture, options, experts)
-        layers += _expert_layers(len(layers), experts, stacks, options)
+        layers = tuple(
+            plan_layer(index, m, entries[m.path], specs[m.path], options, is_adapted=m.path in adapted)
+            for index, m in enumerate(modules)
+        )
+        stacks = adapted_stacks(architecture, options, experts)
+        layers += expert_layers(len(layers), experts, stacks, options)
     notes += [str(warning.message) for warning in caught[:1]]  # the same key would warn for every layer
     names = [layer.path for layer in layers] + sorted({layer.stack for layer in layers if layer.stack})
     notes += _unused_patterns(options, names)
@@ -494,30 +325,6 @@ def make_plan(checkpoint: Checkpoint, architecture: Architecture, options: InitO
         target_modules=_target_modules(architecture, given, adapted),
         notes=tuple(notes),
     )
-
-
-def _layers(
-    modules: Iterable[ModuleInfo],
-    entries: dict[str, TensorEntry],
-    specs: dict[str, QuantSpec],
-    adapted: set[str],
-    options: InitOptions,
-) -> tuple[LayerPlan, ...]:
-    ranks, alphas = dict(options.rank_pattern), dict(options.alpha_pattern)
-    layers = []
-    for index, module in enumerate(modules):
-        path = module.path
-        rank = pattern_value(ranks, path, options.rank, field_name="rank_pattern")
-        alpha = pattern_value(alphas, path, options.lora_alpha, field_name="alpha_pattern")
-        if path in adapted and rank > min(module.shape):
-            raise InputError(
-                f"rank {rank} is too large for '{path}' of shape {module.shape}: at most {min(module.shape)} "
-                "(give it a smaller one with --rank-pattern, or --exclude-modules)"
-            )
-        scaling = alpha / rank**0.5 if options.rslora else alpha / rank
-        rank = rank if path in adapted else 0
-        layers.append(LayerPlan(index, module, entries[path], specs[path], rank, alpha, scaling))
-    return tuple(layers)
 
 
 def _misread_note(layers: Sequence[LayerPlan]) -> list[str]:

@@ -26,9 +26,10 @@ from .blockwise import BlockStep, walk_blocks
 from .calibration_result import Calibration
 from .errors import InputError
 from .files import read_json_object, write_json
+from .layer_plan import LayerPlan
 from .partial_model import PartialModel
 from .pieces import Pieces
-from .plan import LayerPlan, Plan
+from .plan import Plan
 from .propagate import as_stored, layer_facts, target_of
 from .report import LayerReport
 from .solve import SolvedLayer, solve_layer

@@ -14,7 +14,8 @@ from quant.bnb_format import to_bnb
 from quant.linear import QuantEmbedding, QuantLinear
 
 from .errors import InputError
-from .plan import STORED_DTYPE, LayerPlan, Plan
+from .layer_plan import LayerPlan
+from .plan import STORED_DTYPE, Plan
 from .safetensors_io import COPY_BYTES, DTYPE_BITS, TORCH_DTYPES, DenseTensor, TensorEntry, Writable
 
 NATIVE_METHOD = "qlora_engine"

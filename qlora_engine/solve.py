@@ -17,7 +17,8 @@ from .adapter_io import factor_names
 from .calibration_result import Calibration
 from .fingerprint import dense_digest, module_digest
 from .inits import Initialised, embedding_factors, get, initialise, initialise_many
-from .plan import LayerPlan, Plan
+from .layer_plan import LayerPlan
+from .plan import Plan
 from .report import LayerReport
 from .safetensors_io import DenseTensor
 from .serialise import dense_base, layer_tensors

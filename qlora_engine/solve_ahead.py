@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .plan import LayerPlan, Plan
+from .layer_plan import LayerPlan
+from .plan import Plan
 from .solve import SolvedLayer, may_share, solve_group, solve_layer
 
 # Of device memory a weight of a window, at most: it and the next one in 16 bits, and of a group that is being

@@ -14,9 +14,9 @@ from quant import QuantSpec, quantize
 from .architecture import read_architecture
 from .checkpoint import Checkpoint
 from .errors import InputError
-from .expert_plan import ExpertEntry, expert_matrices
 from .report import RunReport
 from .safetensors_io import TensorEntry
+from .stored_expert import ExpertEntry, expert_matrices
 from .stored_layer import StoredRun, oriented
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .errors import InputError
 from .fingerprint import FINGERPRINT_FILE, Fingerprint, module_digest, most
-from .plan import LayerPlan, Plan
+from .layer_plan import LayerPlan
+from .plan import Plan
 from .report import LayerReport, RunReport
 from .safetensors_io import Writable
 from .serialise import rest_tensor

@@ -21,8 +21,9 @@ from qlora_engine import distributed, inits
 from qlora_engine.cli import common
 from qlora_engine.errors import InputError
 from qlora_engine.files import at_home
+from qlora_engine.layer_plan import LayerPlan
 from qlora_engine.options import FORMAT_OF_BITS, InitOptions, default_iters, init_methods
-from qlora_engine.plan import STORED_DTYPE, LayerPlan, Plan
+from qlora_engine.plan import STORED_DTYPE, Plan
 from qlora_engine.report import LayerReport, RunReport, dumps
 from qlora_engine.report_table import human_bytes, human_seconds, human_width, summary
 from qlora_engine.safetensors_io import DTYPE_BITS

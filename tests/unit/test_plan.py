@@ -13,7 +13,8 @@ from qlora_engine.architecture import read_architecture
 from qlora_engine.checkpoint import Checkpoint, natural_order
 from qlora_engine.errors import InputError
 from qlora_engine.options import InitOptions
-from qlora_engine.plan import Plan, converts_to_4bit, make_plan
+from qlora_engine.plan import Plan, make_plan
+from qlora_engine.skip_modules import converts_to_4bit
 
 MakeCheckpoint = Callable[..., Path]
 CASES = ["llama", "llama_tied", "gpt2", "bert", "t5", "qwen3_moe", "mixtral"]
