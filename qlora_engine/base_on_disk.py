@@ -20,8 +20,7 @@ from .checkpoint import Checkpoint
 from .errors import InputError
 from .expert_layout import Slab, expert_module, expert_slabs
 from .loading import NATIVE_METHOD, NATIVE_VERSION, native_specs, newer_than_known
-from .plan import DTYPE_OF_STORED
-from .safetensors_io import FLOAT_DTYPES, TensorEntry
+from .safetensors_io import DTYPE_OF_STORED, FLOAT_DTYPES, TensorEntry
 
 
 @dataclass(frozen=True)

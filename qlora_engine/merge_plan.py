@@ -16,8 +16,7 @@ from .errors import InputError
 from .expert_layout import Slab, is_stored_in_out
 from .merge_job import Job
 from .options import DTYPES, choice
-from .plan import DTYPE_OF_STORED, STORED_DTYPE
-from .safetensors_io import FLOAT_DTYPES, TensorEntry
+from .safetensors_io import DTYPE_OF_STORED, FLOAT_DTYPES, STORED_DTYPE, TensorEntry
 
 # Model classes that put a head of their own on a base, by PEFT's task type: transformers' mapping by model
 # type.

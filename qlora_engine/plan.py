@@ -17,7 +17,7 @@ from .errors import InputError, did_you_mean
 from .expert_plan import adapted_stacks, expert_layers, plan_experts
 from .layer_plan import LayerPlan, plan_layer
 from .options import InitOptions
-from .safetensors_io import DTYPE_BITS, FLOAT_DTYPES, TensorEntry
+from .safetensors_io import DTYPE_BITS, DTYPE_OF_STORED, FLOAT_DTYPES, STORED_DTYPE, TensorEntry
 from .skip_modules import skip_modules
 from .stored_expert import ExpertEntry
 from .targets import (
@@ -29,8 +29,6 @@ from .targets import (
     reads_past_forward,
 )
 
-DTYPE_OF_STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
-STORED_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 SOLVABLE_KINDS = ("linear", "conv1d", "embedding")
 
 

@@ -41,6 +41,9 @@ TORCH_DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
+# config.json's name of the dtype that a model has in memory; double precision is no model's.
+DTYPE_OF_STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
+STORED_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
 class ReadError(OSError):

@@ -15,8 +15,16 @@ from quant.linear import QuantEmbedding, QuantLinear
 
 from .errors import InputError
 from .layer_plan import LayerPlan
-from .plan import STORED_DTYPE, Plan
-from .safetensors_io import COPY_BYTES, DTYPE_BITS, TORCH_DTYPES, DenseTensor, TensorEntry, Writable
+from .plan import Plan
+from .safetensors_io import (
+    COPY_BYTES,
+    DTYPE_BITS,
+    STORED_DTYPE,
+    TORCH_DTYPES,
+    DenseTensor,
+    TensorEntry,
+    Writable,
+)
 
 NATIVE_METHOD = "qlora_engine"
 NATIVE_VERSION = 1

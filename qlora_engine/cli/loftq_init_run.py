@@ -23,10 +23,10 @@ from qlora_engine.errors import InputError
 from qlora_engine.files import at_home
 from qlora_engine.layer_plan import LayerPlan
 from qlora_engine.options import FORMAT_OF_BITS, InitOptions, default_iters, init_methods
-from qlora_engine.plan import STORED_DTYPE, Plan
+from qlora_engine.plan import Plan
 from qlora_engine.report import LayerReport, RunReport, dumps
 from qlora_engine.report_table import human_bytes, human_seconds, human_width, summary
-from qlora_engine.safetensors_io import DTYPE_BITS
+from qlora_engine.safetensors_io import DTYPE_BITS, STORED_DTYPE
 
 _LOG_SECONDS = 10.0  # between lines of progress where there is no terminal
 _state: dict[str, Path] = {}
