@@ -8,9 +8,12 @@ from torch import Tensor
 
 from quant import QuantizedTensor
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Largest error norm of a product, over that of the product itself, by the dtype that is computed in: its unit
 # times a small number (rounding of inputs, weight and output; sums are in float32).
 BOUNDS = {torch.float32: 2e-6, torch.float16: 4 * 2**-10, torch.bfloat16: 4 * 2**-7}
+TRUNCATED = 2 if DEVICE == "cpu" else 1  # Triton's interpreter truncates to bfloat16 where a GPU rounds
 
 
 def codes(q: QuantizedTensor) -> Tensor:

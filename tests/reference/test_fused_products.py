@@ -6,39 +6,24 @@ GPU rounds: twice the error.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
 from qlora_engine import fused_blocks
 from qlora_engine.fused_blocks import Part, shared_input, swiglu_mlp
-from quant import QuantSpec, linear_op, quantize
+from quant import QuantSpec, quantize
 from quant.backends import triton_blocks
 from quant.linear import QuantLinear
 from quant.linear_op import TENSOR_NAMES, Weight
-from tests.reference.float64 import BOUNDS, error, weight
+from tests.reference.float64 import BOUNDS, DEVICE, DTYPES, TRUNCATED, error, weight
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TRUNCATED = 2 if DEVICE == "cpu" else 1
 SPECS = [QuantSpec(), QuantSpec("int3", 32, True), QuantSpec("uint2"), QuantSpec("bof4", 64)]
 
 
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    for buffers in (linear_op._gpu_buffers, linear_op._local.__dict__.get("buffers", {})):
-        for buffer in buffers.values():
-            buffer.fill_(float("nan"))
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def part(rows: int, columns: int, rank: int, spec: QuantSpec, scaling: float) -> tuple[Part, list[Tensor]]:

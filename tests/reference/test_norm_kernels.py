@@ -6,31 +6,17 @@ error.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
 from qlora_engine.fused_norms import Norm, rms_norm, rotary
 from quant.backends import triton_norms
-from tests.reference.float64 import BOUNDS, error
+from tests.reference.float64 import BOUNDS, DEVICE, DTYPES, TRUNCATED, error
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TRUNCATED = 2 if DEVICE == "cpu" else 1
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def exact_norm(x: Tensor, weight: Tensor, norm: Norm) -> Tensor:

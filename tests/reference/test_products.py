@@ -5,37 +5,24 @@ Memory that was not written is NaN here: torch fills new tensors with it, and th
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from qlora_engine import LoraConfig, fused
 from qlora_engine.lora import Embedding, Linear
 from quant import QuantSpec, formats, linear_op, quantize
 from quant.linear import QuantEmbedding, QuantLinear
-from tests.reference.float64 import BOUNDS, error, weight
+from tests.reference.float64 import BOUNDS, DEVICE, DTYPES, error, weight
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rows of whole blocks, rows of whole bytes, rows of neither; a single row, and a single column.
 SHAPES = [(40, 128), (24, 72), (17, 75), (1, 50), (65, 1)]
 
 
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)  # and with it torch.utils.deterministic's filling with NaN
-    for buffers in (linear_op._gpu_buffers, linear_op._local.__dict__.get("buffers", {})):
-        for buffer in buffers.values():
-            buffer.fill_(float("nan"))
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:

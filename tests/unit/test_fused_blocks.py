@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
 from qlora_engine import fused, fused_blocks

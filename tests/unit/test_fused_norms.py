@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
 from qlora_engine import LoftQConfig, LoraConfig, fused, fused_blocks, fused_norms, get_peft_model
