@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -37,12 +36,10 @@ def _commands(document: str) -> list[list[str]]:
 def folder(
     tmp_path_factory: pytest.TempPathFactory,
     make_checkpoint: Callable[..., Path],
-    make_tokenizer: Callable[..., Any],
 ) -> Path:
     """Where a reader would stand: with a model of their own in `my-model` and a text of their own."""
     home = tmp_path_factory.mktemp("reader")
     shutil.copytree(make_checkpoint("llama"), home / "my-model")
-    make_tokenizer().save_pretrained(home / "my-model")
     (home / "my-text.txt").write_text((ROOT / "LICENSE").read_text())
     return home
 

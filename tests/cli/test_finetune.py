@@ -121,10 +121,10 @@ def test_killed_and_resumed_gives_the_same_curve(quantised: Path, rows: Path, tm
     assert "settings.json is not valid JSON" in damaged[2]
 
 
-def test_a_dense_model_is_quantised_on_the_fly(dense_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_dense_model_is_quantised_on_the_fly(make_checkpoint: Any, rows: Path, tmp_path: Path) -> None:
     output = tmp_path / "adapter"
     options = ("--bits", "3", "--rank", "4", "--max-steps", "2", "--max-length", "48", "--json")
-    status, out, err = invoke(dense_model, "--data", rows, "--output", output, *options)
+    status, out, err = invoke(make_checkpoint("llama"), "--data", rows, "--output", output, *options)
     assert status == 0, err
     events = [json.loads(line) for line in out.splitlines()]
     assert [event["kind"] for event in events][:2] == ["plan", "log"]
@@ -174,7 +174,7 @@ def test_what_is_refused(
 
 
 def test_what_is_no_causal_language_model_is_refused(
-    make_checkpoint: Any, make_tokenizer: Any, rows: Path, tmp_path: Path
+    make_checkpoint: Any, rows: Path, tmp_path: Path
 ) -> None:
     for name, why in (("t5", "is an encoder-decoder"), ("bert", "BertModel predicts no tokens")):
         status, _, err = invoke(make_checkpoint(name), "--data", rows, "--output", tmp_path / name)

@@ -20,21 +20,11 @@ from .command import invoke
 
 
 @pytest.fixture
-def model(make_checkpoint: Any, make_tokenizer: Any, tmp_path: Path) -> Path:
-    """A tiny Llama with a tokenizer."""
+def model(make_checkpoint: Any, tmp_path: Path) -> Path:
+    """A tiny Llama that a test may change."""
     folder = tmp_path / "model"
     shutil.copytree(make_checkpoint("llama"), folder)
-    make_tokenizer().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    """Enough tokens for every layer's second moment."""
-    path = tmp_path / "texts.jsonl"
-    rows = [{"text": f"The {i}th sentence says that {i * i} is the square of {i}."} for i in range(600)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
 
 
 CALIBRATED = [name for name in inits.names() if inits.get(name).quantizes and inits.get(name).needs_hessian]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +22,6 @@ from tests.cli.command import files, invoke
 from tests.cli.test_loftq_init_propagate import run_in_child
 
 IDS = torch.arange(1, 25).reshape(2, 12)
-_SIZES = {"vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-_SIZES |= {"num_key_value_heads": 2, "num_experts_per_tok": 2, "num_local_experts": 4, "head_dim": 16}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(
-    tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Path], make_tokenizer: Any
-) -> Callable[..., Path]:
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name in ("mixtral", "qwen3_moe"):
-            return make_checkpoint(name, dtype=torch.float32, shard_size="60KB")
-        if name not in made:
-            torch.manual_seed(0)
-            config = transformers.GptOssConfig(**_SIZES, intermediate_size=48)
-            model = transformers.AutoModelForCausalLM.from_config(config)
-            for parameter in model.parameters():
-                torch.nn.init.normal_(parameter, std=0.1)
-            made[name] = tmp_path_factory.mktemp(name)
-            model.save_pretrained(made[name], max_shard_size="60KB")
-            make_tokenizer().save_pretrained(made[name])
-        return made[name]
-
-    return make
 
 
 def dense(folder: Path) -> Any:
@@ -79,9 +53,9 @@ def every_weight(folder: Path) -> dict[str, torch.Tensor]:
     ids=str,
 )
 def test_every_expert_is_what_quantising_it_alone_gives(
-    name: str, options: tuple[Any, ...], spec: QuantSpec, checkpoint: Any, tmp_path: Path
+    name: str, options: tuple[Any, ...], spec: QuantSpec, mixture: Any, tmp_path: Path
 ) -> None:
-    base, out = checkpoint(name), tmp_path / "out"
+    base, out = mixture(name), tmp_path / "out"
     given = (*options, "--rank", 4, "--device", "cpu", "--max-shard-size", "50KB", "--verify", "--json")
     done = invoke(base, out, *given)
     assert done.code == 0, done.err
@@ -116,8 +90,8 @@ def test_every_expert_is_what_quantising_it_alone_gives(
     torch.testing.assert_close(logits(again), logits(model))
 
 
-def test_one_tensor_an_expert_or_one_for_all_gives_the_same(checkpoint: Any, tmp_path: Path) -> None:
-    source, stacked = checkpoint("qwen3_moe"), tmp_path / "stacked"
+def test_one_tensor_an_expert_or_one_for_all_gives_the_same(mixture: Any, tmp_path: Path) -> None:
+    source, stacked = mixture("qwen3_moe"), tmp_path / "stacked"
     shutil.copytree(source, stacked)
     for file in stacked.glob("model*"):
         file.unlink()
@@ -129,8 +103,8 @@ def test_one_tensor_an_expert_or_one_for_all_gives_the_same(checkpoint: Any, tmp
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_which_experts_are_quantised(checkpoint: Any, tmp_path: Path) -> None:
-    base = checkpoint("mixtral")
+def test_which_experts_are_quantised(mixture: Any, tmp_path: Path) -> None:
+    base = mixture("mixtral")
 
     def plan(*options: Any) -> dict[str, Any]:
         done = invoke(base, tmp_path / "out", "--rank", 4, "--dry-run", "--json", *options)
@@ -160,8 +134,8 @@ def test_which_experts_are_quantised(checkpoint: Any, tmp_path: Path) -> None:
         assert f"--quantize-experts with --save-format {save_format}" in done.error()
 
 
-def test_training_and_merging_on_quantised_experts(checkpoint: Any, tmp_path: Path) -> None:
-    base, out = checkpoint("mixtral"), tmp_path / "out"
+def test_training_and_merging_on_quantised_experts(mixture: Any, tmp_path: Path) -> None:
+    base, out = mixture("mixtral"), tmp_path / "out"
     assert invoke(base, out, "--bits", 3, "--rank", 4, "--device", "cpu").code == 0
     model = qe.PeftModel.from_pretrained(
         qe.from_pretrained(out, dtype=torch.float32), out / "loftq_init", is_trainable=True
@@ -185,8 +159,8 @@ def test_training_and_merging_on_quantised_experts(checkpoint: Any, tmp_path: Pa
     assert torch.isfinite(logits(model.eval())).all()
 
 
-def test_budget_counts_the_experts(checkpoint: Any, tmp_path: Path) -> None:
-    base, out = checkpoint("mixtral"), tmp_path / "out"
+def test_budget_counts_the_experts(mixture: Any, tmp_path: Path) -> None:
+    base, out = mixture("mixtral"), tmp_path / "out"
     given = ("--budget", 3.2, "--rank", 4, "--device", "cpu", "--quantize-experts", "--verify")
     done = invoke(base, out, *given)
     assert done.code == 0, done.err
@@ -202,14 +176,14 @@ def test_budget_counts_the_experts(checkpoint: Any, tmp_path: Path) -> None:
     assert all(len(specs) == 1 for specs in by_stack.values())  # one width for a stack
 
 
-def test_calibrated_and_propagated_runs_quantise_them_plainly(checkpoint: Any, tmp_path: Path) -> None:
-    texts = tmp_path / "texts.jsonl"
-    texts.write_text("\n".join(json.dumps({"text": f"The square of {i} is {i * i}."}) for i in range(400)))
+def test_calibrated_and_propagated_runs_quantise_them_plainly(
+    mixture: Any, texts: Path, tmp_path: Path
+) -> None:
     given = ("--bits", 3, "--rank", 4, "--calibration", texts, "--window", 64, "--method", "qera")
     plain = tmp_path / "plain"
-    assert invoke(checkpoint("qwen3_moe"), plain, "--bits", 3, "--rank", 4, "--device", "cpu").code == 0
+    assert invoke(mixture("qwen3_moe"), plain, "--bits", 3, "--rank", 4, "--device", "cpu").code == 0
     for name, more in (("a", ()), ("b", ("--propagate",))):
-        done = invoke(checkpoint("qwen3_moe"), tmp_path / name, *given, *more, "--verify", "--device", "cpu")
+        done = invoke(mixture("qwen3_moe"), tmp_path / name, *given, *more, "--verify", "--device", "cpu")
         assert done.code == 0, done.err
         mine, other = every_weight(tmp_path / name), every_weight(plain)
         experts = [key for key in other if ".experts." in key]
@@ -218,25 +192,25 @@ def test_calibrated_and_propagated_runs_quantise_them_plainly(checkpoint: Any, t
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_gives_the_same_bytes(checkpoint: Any, tmp_path: Path) -> None:
+def test_killed_and_resumed_gives_the_same_bytes(mixture: Any, tmp_path: Path) -> None:
     given = ("--bits", 3, "--rank", 4, "--max-shard-size", "30KB", "--device", "cpu")
     (tmp_path / "whole").mkdir()
-    assert run_in_child(-1, checkpoint("qwen3_moe"), tmp_path / "whole" / "out", *given) == 0
+    assert run_in_child(-1, mixture("qwen3_moe"), tmp_path / "whole" / "out", *given) == 0
     wanted = files(tmp_path / "whole" / "out")
     for kill_at in (12, 60, 110, 150):
         out = tmp_path / str(kill_at) / "out"
         out.parent.mkdir()
-        assert run_in_child(kill_at, checkpoint("qwen3_moe"), out, *given) == -signal.SIGKILL
-        assert run_in_child(-1, checkpoint("qwen3_moe"), out, *given, "--resume") == 0
+        assert run_in_child(kill_at, mixture("qwen3_moe"), out, *given) == -signal.SIGKILL
+        assert run_in_child(-1, mixture("qwen3_moe"), out, *given, "--resume") == 0
         ours = files(out)
         for each in (ours, wanted):
             each.pop("loftq_init/adapter_config.json", None)  # it names its folder
         assert ours == wanted
 
 
-def test_damaged_outputs_and_inputs_are_one_line(checkpoint: Any, tmp_path: Path) -> None:
+def test_damaged_outputs_and_inputs_are_one_line(mixture: Any, tmp_path: Path) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
-    dense(checkpoint("mixtral")).save_pretrained(base)
+    dense(mixture("mixtral")).save_pretrained(base)
     # copies: the file is written over
     tensors = {name: tensor.clone() for name, tensor in load_file(base / "model.safetensors").items()}
     gone = "model.layers.1.block_sparse_moe.experts.3.w3.weight"
@@ -248,7 +222,7 @@ def test_damaged_outputs_and_inputs_are_one_line(checkpoint: Any, tmp_path: Path
     save_file(broken, base / "model.safetensors", {"format": "pt"})
     message = invoke(base, out, "--bits", 3, "--rank", 4, "--device", "cpu").error()
     assert "model.layers.1.mlp.experts.gate_up_proj.3" in message
-    assert invoke(checkpoint("mixtral"), out, "--bits", 3, "--rank", 4, "--device", "cpu").code == 0
+    assert invoke(mixture("mixtral"), out, "--bits", 3, "--rank", 4, "--device", "cpu").code == 0
     stored = load_file(out / "model.safetensors")
     key = "model.layers.0.mlp.experts.down_proj.2.codes"
     save_file({n: t for n, t in stored.items() if n != key}, out / "model.safetensors", {"format": "pt"})
@@ -273,12 +247,10 @@ def effective(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("name", "rslora"), [("mixtral", False), ("gpt_oss", True)])
-def test_adapters_of_experts_are_loftq_on_each(
-    name: str, rslora: bool, checkpoint: Any, tmp_path: Path
-) -> None:
+def test_adapters_of_experts_are_loftq_on_each(name: str, rslora: bool, mixture: Any, tmp_path: Path) -> None:
     from qlora_engine.inits import initialise
 
-    base, out = checkpoint(name), tmp_path / "out"
+    base, out = mixture(name), tmp_path / "out"
     given = ("--bits", 3, "--rank", 4, "--alpha", 10, "--device", "cpu", "--verify")
     given += ("--target-parameters", "gate_up_proj,experts.down_proj", "--rank-pattern", "down_proj=6")
     done = invoke(base, out, *given, "--rslora" if rslora else "--no-rslora", "--target-modules", "q_proj")
@@ -317,13 +289,12 @@ def test_adapters_of_experts_are_loftq_on_each(
 
 
 def test_experts_are_solved_in_the_metric_of_the_tokens_that_reach_them(
-    checkpoint: Any, tmp_path: Path
+    mixture: Any, texts: Path, tmp_path: Path
 ) -> None:
-    texts, out = tmp_path / "texts.jsonl", tmp_path / "out"
-    texts.write_text("\n".join(json.dumps({"text": f"The square of {i} is {i * i}."}) for i in range(300)))
+    out = tmp_path / "out"
     given = ("--bits", 3, "--rank", 4, "--calibration", texts, "--window", 64, "--method", "qera")
     given += ("--target-parameters", "down_proj", "--target-modules", "q_proj", "--verify", "--device", "cpu")
-    done = invoke(checkpoint("qwen3_moe"), out, *given)
+    done = invoke(mixture("qwen3_moe"), out, *given)
     assert done.code == 0, done.err
     adapted = [layer for layer in RunReport.read(out).layers if "experts.down_proj" in layer.name]
     assert len(adapted) == 8
@@ -334,7 +305,7 @@ def test_experts_are_solved_in_the_metric_of_the_tokens_that_reach_them(
             assert layer.output_error is not None
             assert layer.output_error < (layer.output_error_plain or 0)
     assert not all(layer.note for layer in adapted)
-    done = invoke(checkpoint("qwen3_moe"), tmp_path / "behind", *given, "--propagate")
+    done = invoke(mixture("qwen3_moe"), tmp_path / "behind", *given, "--propagate")
     assert done.code == 0, done.err
     behind = [ly for ly in RunReport.read(tmp_path / "behind").layers if "experts.down_proj" in ly.name]
     assert all(layer.note == "solved by loftq, not qera: not calibrated" for layer in behind)
@@ -353,9 +324,9 @@ def test_experts_are_solved_in_the_metric_of_the_tokens_that_reach_them(
     ],
 )
 def test_adapters_of_experts_that_cannot_be(
-    options: tuple[str, ...], message: str, checkpoint: Any, tmp_path: Path
+    options: tuple[str, ...], message: str, mixture: Any, tmp_path: Path
 ) -> None:
-    assert message in invoke(checkpoint("qwen3_moe"), tmp_path / "out", "--rank", 4, *options).error()
+    assert message in invoke(mixture("qwen3_moe"), tmp_path / "out", "--rank", 4, *options).error()
     assert not list(tmp_path.iterdir())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,6 @@ from .command import files, invoke
 from .test_loftq_init_resume import in_child
 
 IDS = torch.arange(3, 99).reshape(2, 48)
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    path = tmp_path / "texts.jsonl"
-    rows = [{"text": f"The {i}th sentence says that {i * i} is the square of {i}."} for i in range(400)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
-def checkpoint(name: str, tmp_path: Path, make_checkpoint: Any, make_tokenizer: Any, **options: Any) -> Path:
-    folder = tmp_path / "model"
-    shutil.copytree(make_checkpoint(name, dtype=torch.float32, **options), folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def adapted(out: Path) -> Any:
@@ -62,9 +46,8 @@ def test_what_is_written_is_what_was_said(
     tmp_path: Path,
     texts: Path,
     make_checkpoint: Any,
-    make_tokenizer: Any,
 ) -> None:
-    model = checkpoint(name, tmp_path, make_checkpoint, make_tokenizer)
+    model = make_checkpoint(name, dtype=torch.float32)
     if name == "bert":
         options = (*options[:2], "--target-modules", r"word_embeddings|.*\.(query|value|dense)")
     given = (*options, "--rank", 4, "--window", 64, "--calibration", texts, "--method", "qera")
@@ -100,7 +83,7 @@ def test_the_same_model_as_in_python(
     """``LoftQConfig(propagate=True)``, which solves every layer twice, is the reference."""
     from transformers import AutoModelForCausalLM
 
-    model = checkpoint("llama", tmp_path, make_checkpoint, make_tokenizer)
+    model = make_checkpoint("llama", dtype=torch.float32)
     given = ("--bits", 3, "--rank", 4, "--calibration", texts, "--window", 64, "--method", "qera")
     for name, more in (("plain", ()), ("behind", ("--propagate",))):
         assert invoke(model, tmp_path / name, *given, *more).code == 0
@@ -125,10 +108,8 @@ def run_in_child(kill_at: int, *arguments: Any) -> int:
     return in_child(kill_at, lambda: invoke(*arguments).code)
 
 
-def test_killed_and_resumed_gives_the_same_bytes(
-    tmp_path: Path, texts: Path, make_checkpoint: Any, make_tokenizer: Any
-) -> None:
-    model = checkpoint("llama", tmp_path, make_checkpoint, make_tokenizer)
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, texts: Path, make_checkpoint: Any) -> None:
+    model = make_checkpoint("llama", dtype=torch.float32)
     given = ("--bits", 3, "--rank", 4, "--window", 64, "--calibration", texts, "--method", "qera")
     given = (*given, "--propagate", "--max-shard-size", "40KB", "--calibration-windows", 24)
     (tmp_path / "whole").mkdir()
@@ -150,10 +131,8 @@ def test_killed_and_resumed_gives_the_same_bytes(
     assert kept[-1] == 14
 
 
-def test_widths_under_a_budget(
-    tmp_path: Path, texts: Path, make_checkpoint: Any, make_tokenizer: Any
-) -> None:
-    model = checkpoint("llama", tmp_path, make_checkpoint, make_tokenizer)
+def test_widths_under_a_budget(tmp_path: Path, texts: Path, make_checkpoint: Any) -> None:
+    model = make_checkpoint("llama", dtype=torch.float32)
     given = ("--budget", 3.3, "--rank", 4, "--window", 64, "--calibration", texts, "--method", "qera")
     done = invoke(model, tmp_path / "out", *given, "--propagate", "--verify")
     assert done.code == 0, done.err
@@ -167,13 +146,12 @@ def test_wide_layers_keep_their_own_weight(
     tmp_path: Path,
     texts: Path,
     make_checkpoint: Any,
-    make_tokenizer: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from qlora_engine import calibrated_run
 
     monkeypatch.setattr(calibrated_run, "widest_full_moment", lambda memory: 80)
-    model = checkpoint("llama", tmp_path, make_checkpoint, make_tokenizer)
+    model = make_checkpoint("llama", dtype=torch.float32)
     given = ("--bits", 3, "--rank", 4, "--window", 64, "--calibration", texts, "--method", "qera")
     done = invoke(model, tmp_path / "out", *given, "--propagate", "--verify")
     assert done.code == 0, done.err
@@ -202,35 +180,30 @@ def test_what_is_refused(
     tmp_path: Path,
     texts: Path,
     make_checkpoint: Any,
-    make_tokenizer: Any,
 ) -> None:
-    model = checkpoint("llama", tmp_path, make_checkpoint, make_tokenizer)
-    before = sorted(tmp_path.iterdir())
+    model = make_checkpoint("llama", dtype=torch.float32)
     given = [str(texts) if option == "TEXTS" else option for option in options]
     assert message in invoke(model, tmp_path / "out", "--rank", 4, *given).error()
-    assert sorted(tmp_path.iterdir()) == before
+    assert not list(tmp_path.iterdir())
 
 
-def test_an_encoder_decoder_is_refused(
-    tmp_path: Path, texts: Path, make_checkpoint: Any, make_tokenizer: Any
-) -> None:
-    model = checkpoint("t5", tmp_path, make_checkpoint, make_tokenizer)
+def test_an_encoder_decoder_is_refused(tmp_path: Path, texts: Path, make_checkpoint: Any) -> None:
+    model = make_checkpoint("t5", dtype=torch.float32)
     done = invoke(model, tmp_path / "out", "--rank", 4, "--propagate", "--calibration", texts, "--window", 64)
     assert "--propagate: cannot run this model block by block" in done.error()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "texts.jsonl"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_several_processes_are_refused(
     tmp_path: Path,
     texts: Path,
     make_checkpoint: Any,
-    make_tokenizer: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from qlora_engine import distributed
     from qlora_engine.cli import common
 
-    model = checkpoint("llama", tmp_path, make_checkpoint, make_tokenizer)
+    model = make_checkpoint("llama", dtype=torch.float32)
     two = distributed.World(0, 2)
     monkeypatch.setattr(distributed, "world", lambda: two)
     monkeypatch.setattr(distributed, "join", lambda kind: two)

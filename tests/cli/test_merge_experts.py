@@ -22,10 +22,6 @@ peft = pytest.importorskip("peft")
 
 pytestmark = since("0.20", "the factors of stacks lie otherwise, and former names of experts are unknown")
 IDS = torch.arange(1, 25).reshape(2, 12)
-_SIZES = {"vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-_SIZES |= {"num_key_value_heads": 2, "num_experts_per_tok": 2, "num_local_experts": 4}
-_GPT_OSS = {**_SIZES, "intermediate_size": 48, "head_dim": 16}
-_GRANITE = {**_SIZES, "intermediate_size": 32}
 # family -> what is adapted
 TARGETS: dict[str, list[str]] = {
     "mixtral": ["gate_up_proj", "down_proj", "gate.weight"],
@@ -35,33 +31,6 @@ TARGETS: dict[str, list[str]] = {
 }
 # model -> rank and alpha of one of its stacks
 PATTERNS = {"qwen3_moe": {"rank_pattern": {r".*\.gate_up_proj": 6}, "alpha_pattern": {r".*\.down_proj": 2}}}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(
-    tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Path], make_tokenizer: Any
-) -> Callable[..., Path]:
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name in ("mixtral", "qwen3_moe"):
-            return make_checkpoint(name, dtype=torch.float32, shard_size="60KB")
-        if name not in made:
-            config = (
-                transformers.GptOssConfig(**_GPT_OSS)
-                if name == "gpt_oss"
-                else transformers.GraniteMoeConfig(**_GRANITE)
-            )
-            torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(config)
-            for parameter in model.parameters():
-                torch.nn.init.normal_(parameter, std=0.1)
-            made[name] = tmp_path_factory.mktemp(name)
-            model.save_pretrained(made[name], max_shard_size="60KB")
-            make_tokenizer().save_pretrained(made[name])
-        return made[name]
-
-    return make
 
 
 def load(folder: Path) -> Any:
@@ -96,9 +65,9 @@ def same_weights(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_merged_as_peft_merges(
-    name: str, rslora: bool, checkpoint: Callable[[str], Path], tmp_path: Path
+    name: str, rslora: bool, mixture: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    base = checkpoint(name)
+    base = mixture(name)
     expected = peft_adapter(base, tmp_path / "adapter", name, use_rslora=rslora)
     result = done(invoke(base, tmp_path / "adapter", tmp_path / "out", "--max-shard-size", "70KB", "--json"))
     merged = load(tmp_path / "out")
@@ -123,18 +92,18 @@ def test_merged_as_peft_merges(
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_adapters_of_single_experts_merge_into_single_experts(
-    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
+    name: str, mixture: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    base = checkpoint(name)
+    base = mixture(name)
     adapter_of_before(name, tmp_path / "adapter")
     expected = peft.PeftModel.from_pretrained(load(base), tmp_path / "adapter").merge_and_unload()
     done(invoke(base, tmp_path / "adapter", tmp_path / "out"))
     same_weights(load(tmp_path / "out"), expected)
 
 
-def test_a_stack_saved_as_one_tensor_is_merged(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_stack_saved_as_one_tensor_is_merged(mixture: Callable[[str], Path], tmp_path: Path) -> None:
     """A layout that transformers reads, too: Qwen3-MoE's tensors named and stacked as in memory."""
-    base, source = tmp_path / "base", checkpoint("qwen3_moe")
+    base, source = tmp_path / "base", mixture("qwen3_moe")
     shutil.copytree(source, base)
     for file in base.glob("model*"):
         file.unlink()
@@ -150,8 +119,8 @@ def test_a_stack_saved_as_one_tensor_is_merged(checkpoint: Callable[[str], Path]
     assert "has no tensor of that expert alone" in message
 
 
-def test_half_precision_and_requantised_linears(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    base = checkpoint("mixtral")
+def test_half_precision_and_requantised_linears(mixture: Callable[[str], Path], tmp_path: Path) -> None:
+    base = mixture("mixtral")
     expected = peft_adapter(base, tmp_path / "adapter", "mixtral")
     result = done(invoke(base, tmp_path / "adapter", tmp_path / "out", "--dtype", "bfloat16"))
     assert result.err == ""
@@ -170,13 +139,13 @@ def test_half_precision_and_requantised_linears(checkpoint: Callable[[str], Path
     )
 
 
-def test_merged_into_the_output_of_loftq_init(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_merged_into_the_output_of_loftq_init(mixture: Callable[[str], Path], tmp_path: Path) -> None:
     """A bitsandbytes base whose experts are dense."""
     import qlora_engine as qe
     from tests.cli.command import invoke as loftq_init
 
     base = tmp_path / "base"
-    assert loftq_init(checkpoint("mixtral"), base, "--rank", 4, "--device", "cpu").code == 0
+    assert loftq_init(mixture("mixtral"), base, "--rank", 4, "--device", "cpu").code == 0
     options = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False}
     config = qe.LoraConfig(target_parameters=["gate_up_proj", "down_proj"], **options)
     model = qe.get_peft_model(qe.from_pretrained(base, dtype=torch.float32), config).eval()
@@ -219,26 +188,26 @@ BAD: list[tuple[str, Callable[[Path], Any], str]] = [
 
 @pytest.mark.parametrize(("spoil", "message"), [(s, m) for _, s, m in BAD], ids=[n for n, _, _ in BAD])
 def test_what_does_not_fit_is_one_line_before_anything_is_written(
-    spoil: Callable[[Path], Any], message: str, checkpoint: Callable[[str], Path], tmp_path: Path
+    spoil: Callable[[Path], Any], message: str, mixture: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    base = checkpoint("mixtral")
+    base = mixture("mixtral")
     peft_adapter(base, tmp_path / "adapter", "mixtral")
     spoil(tmp_path / "adapter")
     assert message in error(invoke(base, tmp_path / "adapter", tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
-def test_a_name_that_is_no_parameter_is_told(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    base = checkpoint("mixtral")
+def test_a_name_that_is_no_parameter_is_told(mixture: Callable[[str], Path], tmp_path: Path) -> None:
+    base = mixture("mixtral")
     peft_adapter(base, tmp_path / "adapter", "mixtral")
     spoil_config(tmp_path / "adapter", target_parameters=[*TARGETS["mixtral"], "up_projs"])
     result = done(invoke(base, tmp_path / "adapter", tmp_path / "out"))
     assert result.err == "note: target_parameters: 'up_projs' is no Parameter of MixtralForCausalLM\n"
 
 
-def test_an_expert_that_is_missing_is_one_line(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_expert_that_is_missing_is_one_line(mixture: Callable[[str], Path], tmp_path: Path) -> None:
     base = tmp_path / "base"
-    load(checkpoint("mixtral")).save_pretrained(base)
+    load(mixture("mixtral")).save_pretrained(base)
     peft_adapter(base, tmp_path / "adapter", "mixtral")
     tensors = load_file(base / "model.safetensors")
     gone = "model.layers.1.block_sparse_moe.experts.3.w3.weight"
@@ -252,8 +221,8 @@ def test_an_expert_that_is_missing_is_one_line(checkpoint: Callable[[str], Path]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def test_killed_and_resumed_gives_the_same_files(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    base = checkpoint("granitemoe")  # a stack is one tensor: a kill falls between its experts, too
+def test_killed_and_resumed_gives_the_same_files(mixture: Callable[[str], Path], tmp_path: Path) -> None:
+    base = mixture("granitemoe")  # a stack is one tensor: a kill falls between its experts, too
     peft_adapter(base, tmp_path / "adapter", "granitemoe")
     arguments = (base, tmp_path / "adapter", "--max-shard-size", "60KB")
     done(invoke(*arguments[:2], tmp_path / "whole", *arguments[2:]))
@@ -266,7 +235,7 @@ def test_killed_and_resumed_gives_the_same_files(checkpoint: Callable[[str], Pat
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_merged_into_quantised_experts(name: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_merged_into_quantised_experts(name: str, mixture: Callable[[str], Path], tmp_path: Path) -> None:
     """Dense: what the adapted model is. Requantised: what quantising that gives; untouched codes are kept."""
     import qlora_engine as qe
     from quant import QuantSpec
@@ -274,7 +243,7 @@ def test_merged_into_quantised_experts(name: str, checkpoint: Callable[[str], Pa
     from tests.cli.command import invoke as loftq_init
 
     base, adapter = tmp_path / "base", tmp_path / "adapter"
-    done_init = loftq_init(checkpoint(name), base, "--bits", 3, "--rank", 4, "--device", "cpu")
+    done_init = loftq_init(mixture(name), base, "--bits", 3, "--rank", 4, "--device", "cpu")
     assert done_init.code == 0, done_init.err
     options = {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj"], "init_lora_weights": False}
     config = qe.LoraConfig(target_parameters=["down_proj"], **options)
