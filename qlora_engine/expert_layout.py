@@ -15,6 +15,8 @@ from typing import Any
 from .architecture import Architecture, ModuleInfo
 from .expert_stack import is_stack, multiplies_in_out
 
+_NOTHING = ("Force16BytesAlignment",)  # steps that leave values and shape: gpt-oss in transformers 5.0
+
 
 @dataclass(frozen=True)
 class Slab:
@@ -103,7 +105,11 @@ def _slab(
 ) -> Slab | None:
     """The place of the tensor ``name``; None where the conversion is none of those known here."""
     patterns = list(converter.source_patterns)
-    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
+    steps = [
+        (type(step).__name__, getattr(step, "dim", None))
+        for step in converter.operations
+        if type(step).__name__ not in _NOTHING
+    ]
     if pattern not in patterns or len(converter.target_patterns) != 1:
         return None
     if steps == [("Transpose", None)] and len(patterns) == 1:

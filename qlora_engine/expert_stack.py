@@ -61,8 +61,8 @@ def is_stack(owner: nn.Module, leaf: str) -> bool:
     value = owner._parameters.get(leaf)
     if value is None or value.dim() != 3:
         return False
-    # transformers' use_experts_implementation leaves the first on a module; Llama 4 has it not
-    return hasattr(owner, "is_concatenated") or type(owner).__name__.endswith("Experts")
+    # what transformers' use_experts_implementation leaves on a module, in 5.0 already; Llama 4 has it not
+    return hasattr(owner, "is_transposed") or type(owner).__name__.endswith("Experts")
 
 
 def place_of(modules: Mapping[str, nn.Module], path: str) -> ExpertPlace | None:

@@ -110,6 +110,10 @@ class ExpertStack:
         """Three."""
         return len(self.shape)
 
+    def size(self, dim: int | None = None) -> Any:
+        """The shape, or one entry of it."""
+        return self.shape if dim is None else self.shape[dim]
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """A product of batches goes expert by expert; all else sees the dense stack."""

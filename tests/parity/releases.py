@@ -1,4 +1,7 @@
-"""PEFT changes its numbers, fields and files from release to release; ours are those of the one in `dev`."""
+"""What a test asks of the release of a library.
+
+PEFT changes its numbers, fields and files from release to release; ours are those of the one in `dev`.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,21 @@ from typing import Any
 import pytest
 
 
-def _release() -> tuple[int, ...]:
+def _release(package: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in importlib.metadata.version("peft").split(".")[:2])
+        return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
     except importlib.metadata.PackageNotFoundError:
         return (0, 0)
 
 
-def older_than(release: str) -> bool:
-    """Whether PEFT is older than ``release``, such as "0.21"."""
-    return _release() < tuple(map(int, release.split(".")))
+def older_than(release: str, package: str = "peft") -> bool:
+    """Whether what is installed is older than ``release``, such as "0.21"."""
+    return _release(package) < tuple(map(int, release.split(".")))
 
 
-def since(release: str, why: str) -> Any:
-    """Skips a test with a PEFT older than ``release``; ``why``: what is different there."""
-    return pytest.mark.skipif(older_than(release), reason=f"PEFT before {release}: {why}")
+def since(release: str, why: str, package: str = "peft") -> Any:
+    """Skips a test with an older ``package``; ``why``: what is different there."""
+    return pytest.mark.skipif(older_than(release, package), reason=f"{package} before {release}: {why}")
 
 
 def same_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:

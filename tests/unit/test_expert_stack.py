@@ -227,6 +227,8 @@ def test_operands() -> None:
     mine = quantised_model(dense_model("GptOssConfig"), QuantSpec("nf4"))
     stack = mine.model.layers[0].mlp.experts.down_proj
     assert stack.shape == (4, 48, 32)
+    assert stack.size() == stack.shape
+    assert stack.size(-1) == 32
     assert len(stack) == 4
     assert stack.dtype == torch.float32
     matrix, dense = stack[torch.tensor(1)], stack.dense()
