@@ -162,7 +162,7 @@ def train(
         "exact match": accuracy,
         "generated tok/s": speed,
         "trained tok/s": outcome.tokens_per_second,
-        "peak MiB": outcome.peak_bytes / 2**20 if device.type == "cuda" else None,
+        "peak MiB": max(outcome.peak_bytes) / 2**20 if outcome.peak_bytes else None,
         "losses": losses,
     }
 

@@ -161,16 +161,21 @@ def from_main(work: Callable[[], T]) -> T:
     return found[0]  # type: ignore[no-any-return]
 
 
-def total(value: float) -> float:
-    """The sum over all processes."""
+def gather(value: T) -> list[T]:
+    """Every process's value, the first one's first; all must call it."""
     here = world()
     if here.size == 1:
-        return value
+        return [value]
     import torch.distributed as dist
 
     values: list[Any] = [None] * here.size
     dist.all_gather_object(values, value)
-    return float(sum(values))
+    return values
+
+
+def total(value: float) -> float:
+    """The sum over all processes."""
+    return float(sum(gather(value)))
 
 
 def _sendable(error: BaseException) -> BaseException:

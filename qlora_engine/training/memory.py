@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qlora_engine import fused_blocks
+from qlora_engine import distributed, fused_blocks
 
 from .host import embedding_to_host, parse_offload
 from .loss import use_chunked_loss
@@ -21,6 +21,9 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def fit(model: Any, settings: Settings, packed: bool | None = None) -> MemoryPlan:
     """Fuse what can be on a GPU, choose the loss, put the embedding where it is wanted, and plan a step.
+
+    Several processes take the plan of the one that has to recompute most: layers of a sharded model are
+    gathered by all of them together, so all must run the same ones.
 
     Args:
         model: One of our PeftModels, on its device.
@@ -41,17 +44,20 @@ def fit(model: Any, settings: Settings, packed: bool | None = None) -> MemoryPla
     if packed is None:
         vocabulary = unwrapped(model).config.get_text_config().vocab_size
         packed = settings.packing != "off" and keeps_packed_rows_apart(model, vocabulary)
-    return plan(
-        model,
-        batch_size=settings.batch_size,
-        length=settings.max_length,
-        recompute=settings.recompute,
-        available=None if settings.memory_limit is None else int(settings.memory_limit * 2**30),
-        optimizer_bytes=state_bytes(settings.optimizer),
-        inputs_on_host="activations" in offload,
-        loss_function=loss_function,
-        packed=_DTYPES[precision_of(settings.precision, device)] if packed else None,
+    made = distributed.together(
+        lambda: plan(
+            model,
+            batch_size=settings.batch_size,
+            length=settings.max_length,
+            recompute=settings.recompute,
+            available=None if settings.memory_limit is None else int(settings.memory_limit * 2**30),
+            optimizer_bytes=state_bytes(settings.optimizer),
+            inputs_on_host="activations" in offload,
+            loss_function=loss_function,
+            packed=_DTYPES[precision_of(settings.precision, device)] if packed else None,
+        )
     )
+    return max(distributed.gather(made), key=lambda other: (other.recomputed, other.total - other.available))
 
 
 def within_window(model: Any, settings: Settings) -> Settings:

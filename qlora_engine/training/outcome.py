@@ -30,7 +30,7 @@ class Outcome:
         evaluations: (step, validation loss, perplexity), the first before any step.
         seconds: Of this session.
         tokens_per_second: Of this session, padding not counted.
-        peak_bytes: Largest allocation on the GPU; 0 on a CPU.
+        peak_bytes: Largest allocation on each process's GPU, the first one's first; empty on CPUs.
         loss_function: What computed the loss: "liger", "chunked", or "full" logits by the model itself.
         sample: The completion of ``Settings.sample``.
         notes: What the user should know.
@@ -41,7 +41,7 @@ class Outcome:
     evaluations: list[tuple[int, float, float]]
     seconds: float
     tokens_per_second: float
-    peak_bytes: int
+    peak_bytes: list[int]
     loss_function: str
     sample: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -50,6 +50,7 @@ class Outcome:
 def outcome_of(trainer: Any, seconds: float, loss_function: str, notes: list[str]) -> Outcome:
     """What a trainer has to tell that has trained for so many seconds."""
     history = trainer.state.log_history
+    device = trainer.args.device
     return Outcome(
         steps=trainer.state.global_step,
         losses=[(log["step"], log["loss"]) for log in history if "loss" in log],
@@ -60,7 +61,9 @@ def outcome_of(trainer: Any, seconds: float, loss_function: str, notes: list[str
         ],
         seconds=seconds,
         tokens_per_second=distributed.total(trainer.tokens) / seconds if seconds else 0.0,
-        peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        peak_bytes=distributed.gather(torch.cuda.max_memory_allocated(device))
+        if device.type == "cuda"
+        else [],
         loss_function=loss_function,
         notes=notes,
     )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qlora_engine.adapter_io import write_adapter
 from qlora_engine.adapter_state import adapter_keys, get_peft_model_state_dict, load_peft_weights
 from qlora_engine.checkpoint import Checkpoint
+from qlora_engine.distributed import gather, world
 from qlora_engine.errors import InputError
 from qlora_engine.expert_stack import ExpertPlace, put_layer, settle_experts
 from qlora_engine.fingerprint import Fingerprint, module_digest
@@ -110,16 +111,18 @@ def load_sharded(
     config.base_model_name_or_path = base.name_or_path or str(folder)
     model = get_peft_model(base, config)
     _fill_adapter(model, adapter, seed)
-    made_for, digests = _fingerprint(adapter), {}
+    made_for = _fingerprint(adapter)
+    digests: dict[str, str] = {}
+    here = world()
+    turns = {path: number % here.size for number, path in enumerate(readers)}  # which process hashes it
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     moved: set[str] = set()
 
     def fill(mine: Callable[[str], bool]) -> None:
         for path in filter(mine, readers):
             q = readers[path]()
-            digests[path] = module_digest(q)
-            if made_for is not None and made_for.digests.get(path, digests[path]) != digests[path]:
-                warnings.warn(f"{adapter} belongs to another quantised base: {path} differs", stacklevel=2)
+            if turns[path] == here.rank:
+                digests[path] = module_digest(q)
             layer = modules[path]
             assert isinstance(layer, QuantizedModule)
             layer.set_quantized(q)
@@ -139,6 +142,15 @@ def load_sharded(
     for name, buffer in base.named_buffers():
         holder, _, leaf = name.rpartition(".")
         base.get_submodule(holder)._buffers[leaf] = buffer.to(device)
+    for part in gather(digests):
+        digests.update(part)
+    known = {} if made_for is None else made_for.digests
+    if other := [path for path, digest in digests.items() if known.get(path, digest) != digest]:
+        warnings.warn(
+            f"{adapter} belongs to another quantised base: {len(other)} of {len(digests)} weights differ, "
+            f"the first is {other[0]}",
+            stacklevel=2,
+        )
     setattr(base, _FINGERPRINT, Fingerprint(specs, digests, str(dtype).removeprefix("torch.")))
     missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     assert not missing, missing
