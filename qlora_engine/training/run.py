@@ -86,6 +86,8 @@ def finetune(
         KeyboardInterrupt: the run was interrupted; it can be resumed.
     """
     device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     precision = precision_of(settings.precision, device)
     set_seed(settings.seed)
     asked, settings = settings, within_window(model, settings)
@@ -120,6 +122,7 @@ def finetune(
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.early_stopping))
     trainer = AdapterTrainer(
         lora_plus_ratio=settings.lora_plus,
+        averaging=replayed is not None,
         model=model,
         args=_arguments(
             settings, checkpoints, model, precision, evaluates=validation is not None, anew=checkpoint is None
@@ -162,12 +165,12 @@ def _make_ready(model: Any, recomputed: int, *, on_host: bool) -> None:
         if on_host:
             activations_to_host(model)
     if next(model.parameters()).device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats()  # of the current device, which is the model's
 
 
 def _why_no_graphs(settings: Settings, packed: bool) -> str | None:
-    if distributed.world().size > 1:
-        return "gradients of several processes are added up by hooks, which a graph passes by"
+    if settings.shard:
+        return "the layers of a sharded model are put together anew at every step"
     if "activations" in parse_offload(settings.offload):
         return "inputs of layers wait on the host (--offload activations)"
     return None if packed else "rows that are not packed differ in length"
@@ -179,8 +182,9 @@ def _arguments(
     """The settings as Trainer knows them."""
     strategy = {True: "steps", False: "epoch"}
     save_every = settings.evaluate_every if settings.early_stopping else settings.save_every
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return TrainingArguments(
+    device = next(model.parameters()).device
+    on_cpu = device.type == "cpu"
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
@@ -219,3 +223,14 @@ def _arguments(
         # an expert that no token of a batch reached has no gradient
         ddp_find_unused_parameters=any("experts" in name for name, _ in model.named_modules()),
     )
+    if device.type == "cuda" and distributed.world().size == 1:
+        _keep_to(arguments, device)
+    return arguments
+
+
+def _keep_to(arguments: TrainingArguments, device: torch.device) -> None:
+    """Train on the model's GPU alone: Trainer would take cuda:0 and, in DataParallel, every other one."""
+    assert arguments.device.type == "cuda"  # chosen by now, with the count of GPUs
+    arguments._n_gpu = 1
+    arguments._setup_devices = device
+    torch.cuda.set_device(device)

@@ -21,6 +21,7 @@ from qlora_engine.distributed import barrier, total, world
 from qlora_engine.files import sync_file, write_json
 
 from .data import IGNORED
+from .gradients import average_gradients, share_parameters
 from .recompute import is_sharded
 from .sharding import (
     adapter_weights,
@@ -83,32 +84,43 @@ class AdapterTrainer(Trainer):
 
     Args:
         lora_plus_ratio: Learning rate of B over that of A (Hayou et al. 2024, arXiv:2402.12354); None: 1.
+        averaging: Several processes average gradients behind backward, not in DistributedDataParallel.
         kwargs: Trainer's.
     """
 
     optimizer: Any
 
-    def __init__(self, *, lora_plus_ratio: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, lora_plus_ratio: float | None = None, averaging: bool = False, **kwargs: Any
+    ) -> None:
         self.sharded = is_sharded(kwargs["model"])
         super().__init__(**kwargs)
         self.lora_plus_ratio = lora_plus_ratio
         self.tokens = 0  # of this session's forwards, padding of unpacked rows not counted
         self._gathered: dict[str, torch.Tensor] | None = None
+        self.averaged: list[nn.Parameter] = []
+        accelerator: Any = self.accelerator
+        prepare, clip = accelerator.prepare_model, accelerator.clip_grad_norm_
+
+        def prepare_model(model: nn.Module, **options: Any) -> Any:
+            return prepare(model, **{**options, "device_placement": False, "evaluation_mode": True})
+
         if self.sharded:
-            accelerator: Any = self.accelerator
-            prepare, clip = accelerator.prepare_model, accelerator.clip_grad_norm_
-
-            def prepare_model(model: nn.Module, **options: Any) -> Any:
-                return prepare(model, **{**options, "device_placement": False, "evaluation_mode": True})
-
-            accelerator.prepare_model = prepare_model
             accelerator.clip_grad_norm_ = lambda *args, **options: whole(clip(*args, **options))
+        elif averaging:
+            self.averaged = [p for p in self.model.parameters() if p.requires_grad]
+            share_parameters(self.averaged)
+        if self.sharded or averaging:
+            accelerator.prepare_model = prepare_model
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with the tokens counted."""
+        """Trainer's, with the tokens counted and, where asked for, the gradients averaged."""
         mask = inputs.get("attention_mask")
         self.tokens += inputs["input_ids"].numel() if mask is None or mask.is_cuda else int(mask.sum())
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.averaged and self.accelerator.sync_gradients:
+            average_gradients(self.averaged)
+        return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's, with B's parameters in a group of their own where LoRA+ is asked for."""

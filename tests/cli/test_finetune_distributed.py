@@ -80,6 +80,43 @@ def test_two_processes_train_as_one(
     assert fingerprints[0]["codes_sha256"] == fingerprints[1]["codes_sha256"]
 
 
+REPLAYED = """
+import sys
+import torch
+from qlora_engine.cli import finetune
+from qlora_engine.training import graphs
+from tests.unit.test_training_graphs import capture
+
+def enable(model, wanted, why_not=None):
+    assert why_not == "rows that are not packed differ in length", why_not  # they are filled up to one
+    return graphs.GraphedLayers(model, capture)
+
+def wrapped(*args, **kwargs):
+    raise AssertionError("gradients of replayed layers do not reach DistributedDataParallel")
+
+graphs.enable, torch.nn.parallel.DistributedDataParallel.__init__ = enable, wrapped
+finetune.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_train_as_one_with_layers_replayed(
+    accumulate: int, quantised: Path, rows: Path, alone: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "adapter"
+    options = (*STEPS, *EVERY, "--batch-size", 2 // accumulate, "--accumulate", accumulate, "--recompute", 1)
+    (script := tmp_path / "script.py").write_text(REPLAYED)
+    status, _, err = finish(launch(script, quantised, "--data", rows, "--output", output, *options))
+    assert status == 0, err
+    assert "2 decoder layers were replayed from CUDA graphs" in err
+    log, want = (json.loads((path / "training_log.json").read_text()) for path in (output, alone))
+    for kind in ("losses", "evaluations"):
+        torch.testing.assert_close(torch.tensor(log[kind]), torch.tensor(want[kind]), rtol=1e-5, atol=1e-5)
+    mine, theirs = (load_file(path / "adapter_model.safetensors") for path in (output, alone))
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [(), ("--shard",)], ids=["copies", "shards"])
 def test_one_killed_process_ends_all_and_the_run_goes_on(
