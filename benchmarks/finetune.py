@@ -196,20 +196,29 @@ def check(rows: list[Row]) -> None:
                 raise SystemExit(f"seed {row['seed']}: PEFT's {key} differs from ours by {difference:.4f}")
 
 
+def byte_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Save a byte-level tokenizer of so many tokens, made of Python's own documentation."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    from benchmarks.real_models import python_topics
+
+    bpe = ByteLevelBPETokenizer()
+    special = ["<pad>", "<s>", "</s>"]
+    bpe.train_from_iterator([python_topics()[:20000]], vocab_size=vocabulary, special_tokens=special)
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
 def tiny(folder: Path) -> tuple[Path, Path, Path, Path]:
     """A small random model with a tokenizer, rows to train and to test on, a text: to try the code."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from benchmarks.real_models import python_topics
 
     model = folder / "model"
-    bpe = ByteLevelBPETokenizer()
-    special = ["<pad>", "<s>", "</s>"]
-    bpe.train_from_iterator([python_topics()[:20000]], vocab_size=512, special_tokens=special)
-    PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(model)
+    byte_tokenizer(model, 512)
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=64,
