@@ -11,6 +11,8 @@ autocast, as qlora-finetune has; "norms apart" leaves RMSNorms and rotary embedd
 "graphs" replays the layers from CUDA graphs. "auto" checkpoints as few layers as fit into the peak memory
 that tuned took with all of its layers checkpointed. Nothing is reported unless the losses before the first
 step agree.
+--rows N lays N texts of equal length into every sequence: peers get positions that restart, ours what
+qlora-finetune gives it; "one mask" has ours take a mask where it would be told where rows begin.
 --profile prints what a step's kernels take, by name, of every variant, to stderr.
 """
 
@@ -24,7 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,10 @@ from quant.tensor import quantize
 
 SPEC = QuantSpec("nf4", 64, True)
 AGREE = 0.02  # nats: nested scales are rounded otherwise by bitsandbytes, and the dtypes differ
-VARIANTS = ("recipe", "tuned", "ours", "ours, norms apart", "ours, graphs", "ours, graphs, norms apart")
+VARIANTS = (
+    *("recipe", "tuned", "ours", "ours, norms apart", "ours, graphs", "ours, graphs, norms apart"),
+    *("ours, one mask", "ours, graphs, one mask"),
+)
 Row = dict[str, Any]
 
 
@@ -54,11 +59,12 @@ class Case:
     vocabulary: int = 128256
     length: int = 2048
     rank: int = 16
+    rows: int = 1  # that share a sequence
     device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
 
 
-TINY = Case(2, 128, 256, 4, 2, 512, 64, 4, "cpu", torch.float32)
+TINY = Case(2, 128, 256, 4, 2, 512, 64, 4, device="cpu", dtype=torch.float32)
 
 
 def skeleton(case: Case, make: Callable[[Tensor], nn.Module]) -> Any:
@@ -124,6 +130,7 @@ def ours(
     *,
     replayed: bool = False,
     norms: bool = True,
+    one_mask: bool = False,
     loss: str = "auto",
 ) -> Any:
     """This project's layers, as qlora-finetune sets them up, which fuses the ``norms``."""
@@ -139,6 +146,8 @@ def ours(
     model.train()
     if not use_chunked_loss(model, loss):
         raise SystemExit("the chunked loss is not in use: this would measure something else")
+    if one_mask:
+        base.config._attn_implementation = "sdpa"
     recompute.apply(model, recomputed)
     if recomputed:
         base.enable_input_require_grads()
@@ -195,6 +204,7 @@ def measure(
     on_gpu = case.device == "cuda"
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(case.vocabulary, (batch, case.length), generator=generator).to(case.device)
+    inputs = {"input_ids": ids, "labels": ids} | packed(case, model, batch)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=on_gpu)
     half = torch.autocast(case.device, dtype=torch.bfloat16) if autocast and on_gpu else None
@@ -204,7 +214,7 @@ def measure(
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with half or contextlib.nullcontext():
-            loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss: Tensor = model(**inputs, use_cache=False).loss
         loss.backward()
         optimizer.step()
         return loss.detach()
@@ -231,6 +241,20 @@ def measure(
     if profiled is not None:
         kernels(step, profiled)
     return found
+
+
+def packed(case: Case, model: Any, batch: int) -> dict[str, Tensor]:
+    """What keeps the rows of a sequence apart, as this model takes it."""
+    from qlora_engine.training.packed_rows import attends_by_beginnings, row_beginnings
+
+    if case.rows == 1:
+        return {}
+    each = -(-case.length // case.rows)
+    positions = (torch.arange(case.length) % each).expand(batch, -1)
+    found = {"position_ids": positions}
+    if attends_by_beginnings(model.get_base_model()):
+        found["row_beginnings"] = row_beginnings(positions, batch * (case.rows + 1))
+    return {name: tensor.to(case.device) for name, tensor in found.items()}
 
 
 def kernels(step: Callable[[], Tensor], heading: str, most: int = 30) -> None:
@@ -306,6 +330,7 @@ def compare(
                 options: dict[str, Any] = {
                     "replayed": "graphs" in name,
                     "norms": "apart" not in name,
+                    "one_mask": "mask" in name,
                     "loss": loss,
                 }
                 makers[name] = functools.partial(ours, case, recomputed, **options)
@@ -368,8 +393,6 @@ def _agree(rows: dict[str, Row]) -> None:
 
 def full(case: Case, lengths: list[int], repeats: int) -> list[Row]:
     """All layers checkpointed, embedding and layer inputs on the host, batch 1."""
-    from dataclasses import replace
-
     rows = []
     for length in lengths:
         for offload in ((), ("embedding",), ("embedding", "activations")):
@@ -392,6 +415,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="32 layers with offload, no peers")
     parser.add_argument("--tiny", action="store_true", help="small dimensions on the CPU, to try the code")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument(
+        "--rows", type=int, default=1, help="that share a sequence, kept apart; not with --full"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of a sequence, with --full")
     parser.add_argument(
         "--variants",
@@ -414,6 +440,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"--variants {' '.join(sorted(unknown))}; allowed: {allowed}", file=sys.stderr)
         return 2
     case = TINY if arguments.tiny else Case(layers=32 if arguments.full else 8)
+    case = replace(case, rows=1 if arguments.full else arguments.rows)
     if arguments.full:
         lengths = arguments.lengths or ([64, 128] if arguments.tiny else [2048, 8192])
         rows = full(case, lengths, arguments.repeats)

@@ -26,6 +26,8 @@ from torch.utils.data import Dataset
 from qlora_engine.errors import InputError
 from qlora_engine.texts import why_no_text
 
+from .packed_rows import row_beginnings
+
 IGNORED = -100  # a label that cross entropy passes over
 SUFFIXES = (".jsonl", ".txt")
 
@@ -297,11 +299,13 @@ class Collator:
             transformers' attention masks know them apart; otherwise a bin is one row and there is an
             ``attention_mask``. The first token of a row is never predicted.
         length: Tokens that shorter batches are filled up to; None: their longest bin's.
+        most: Rows of a bin at most, where the model takes ``row_beginnings``; None: it does not.
     """
 
     pad_id: int
     packed: bool
     length: int | None = None
+    most: int | None = None
 
     def __call__(self, bins: list[list[Example]]) -> dict[str, Tensor]:
         longest = max(self.length or 0, *(sum(len(row.ids) for row in rows) for rows in bins))
@@ -320,4 +324,9 @@ class Collator:
                 at = end
             positions[i, at:] = torch.arange(longest - at)  # the padding is a row of its own
         batch = {"input_ids": ids, "labels": labels}
-        return batch | ({"position_ids": positions} if self.packed else {"attention_mask": mask})
+        if not self.packed:
+            return batch | {"attention_mask": mask}
+        batch["position_ids"] = positions
+        if self.most is not None:  # and the padding's
+            batch["row_beginnings"] = row_beginnings(positions, len(bins) * (self.most + 1))
+        return batch

@@ -21,7 +21,7 @@ from qlora_engine.errors import InputError
 
 from . import liger
 from .data import IGNORED
-from .packed_mask import attention_dtype, packed_mask, takes_packed_mask
+from .packed_rows import attend_by_beginnings, attention_dtype, packed_mask, takes_packed_mask
 
 CHUNK_ROWS = 1024  # at a vocabulary of 128,256: 0.5 GB of logits in float32, 0.25 GB in 16 bits
 LOSSES = ("auto", "liger", "chunked")
@@ -147,6 +147,7 @@ def use_chunked_loss(model: Any, which: str = "auto") -> str:
     if which == "liger" and refused:
         raise InputError(f"loss='liger': {refused}")
     chosen = "chunked" if which == "chunked" or refused else "liger"
+    attend_by_beginnings(base)  # where it cannot, or is not told of them, there is a mask
     base.forward = types.MethodType(functools.partial(_forward, chosen, takes_packed_mask(base)), base)
     return chosen
 
@@ -213,7 +214,7 @@ def _agrees(base: Any, backbone: nn.Module, head: nn.Linear) -> bool:
 
 def _forward(
     loss: str, one_mask: bool, self: Any, input_ids: Tensor | None = None, *, labels: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
+    num_items_in_batch: Tensor | int | None = None, row_beginnings: Tensor | None = None, **kwargs: Any,
 ) -> Any:  # fmt: skip
     if labels is None:
         return type(self).forward(self, input_ids=input_ids, **kwargs)
@@ -222,7 +223,9 @@ def _forward(
     kwargs.pop("logits_to_keep", None)
     kwargs.pop("return_dict", None)
     kwargs.setdefault("use_cache", False)
-    if one_mask and kwargs.get("attention_mask") is None and kwargs.get("position_ids") is not None:
+    if row_beginnings is not None:
+        kwargs["attention_mask"] = row_beginnings
+    elif one_mask and kwargs.get("attention_mask") is None and kwargs.get("position_ids") is not None:
         kwargs["attention_mask"] = packed_mask(kwargs["position_ids"], attention_dtype(self))
     backbone, head = getattr(self, self.base_model_prefix), self.get_output_embeddings()
     output = backbone(input_ids=input_ids, **kwargs)

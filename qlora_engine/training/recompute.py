@@ -19,7 +19,7 @@ from qlora_engine.errors import InputError
 from quant.linear import QuantizedModule
 
 from .loss import in_one_kernel, loss_bytes
-from .packed_mask import mask_bytes, takes_packed_mask
+from .packed_rows import attends_by_beginnings, mask_bytes, takes_packed_mask
 
 _PROBE_TOKENS = 128  # what a layer keeps is proportional to tokens; measured on so many
 LOSS_NAMES = {"liger": "liger-kernel", "chunked": "in chunks", "": "full logits"}
@@ -191,7 +191,8 @@ def plan(
         )
     passed_on = 0.0 if inputs_on_host else passed_on
     one_mask = packed is not None and bool(loss_function) and takes_packed_mask(unwrapped(model))
-    mask = 0 if packed is None else mask_bytes(batch_size, length, packed)
+    no_mask = packed is None or (bool(loss_function) and attends_by_beginnings(unwrapped(model)))
+    mask = 0 if packed is None or no_mask else mask_bytes(batch_size, length, packed)
 
     def with_recomputed(count: int) -> MemoryPlan:
         activations = tokens * (kept * (len(layers) - count) + passed_on * count + kept * (count > 0))

@@ -21,6 +21,7 @@ from .host import activations_to_host, parse_offload
 from .interrupt import Interruptible
 from .memory import fit, within_window
 from .outcome import Outcome, complete, outcome_of, write_outcome
+from .packed_rows import attends_by_beginnings
 from .prepare import prepare
 from .resume import checkpoint_to_go_on_from, is_finished
 from .settings import Settings, precision_of
@@ -97,6 +98,9 @@ def finetune(
     if settings.early_stopping and validation is None:
         raise InputError("early stopping needs validation rows")
     memory = fit(model, settings, collator.packed)
+    if collator.packed and memory.loss_function and attends_by_beginnings(recompute.unwrapped(model)):
+        sets = [train] if validation is None else [train, validation]
+        collator = replace(collator, most=max(len(rows) for data in sets for rows in data.bins))
     if not memory.loss_function:
         notes.append("this model's head does not allow the chunked loss: full logits are computed")
     if show_plan is not None:
