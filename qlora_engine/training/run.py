@@ -58,6 +58,14 @@ class _Reporter(TrainerCallback):  # type: ignore[misc]
                 )
 
 
+class _EvaluateLast(TrainerCallback):  # type: ignore[misc]
+    """Evaluates after the last step, too, which transformers before 5.4 leaves out between two rounds."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.eval_strategy == "steps" and state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
 def finetune(
     model: Any,
     tokenizer: Any,
@@ -121,7 +129,8 @@ def finetune(
     if replayed is not None:
         collator = replace(collator, length=settings.max_length)  # one shape for all steps
     watch = None if say is None else Interruptible(say)
-    callbacks: list[Any] = [_Reporter(report, precision), *([] if watch is None else [watch])]
+    callbacks: list[Any] = [_Reporter(report, precision), _EvaluateLast()]
+    callbacks += [] if watch is None else [watch]
     if settings.early_stopping:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.early_stopping))
     trainer = AdapterTrainer(
