@@ -14,7 +14,7 @@ from .loss import use_chunked_loss
 from .optimizers import state_bytes
 from .prepare import keeps_packed_rows_apart
 from .recompute import MemoryPlan, plan, unwrapped
-from .settings import Settings, precision_of
+from .settings import Settings, can_shard, precision_of
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -79,6 +79,6 @@ def when_out_of_memory(settings: Settings) -> str:
         (large_state and not settings.shard, "--optimizer paged_adamw_8bit"),
         (settings.batch_size > 1, f"--batch-size {max(1, settings.batch_size // 2)} with --accumulate"),
         (True, f"a --max-length below {settings.max_length}"),
-        (not settings.shard, "several GPUs: torchrun with --shard"),
+        (not settings.shard and can_shard(), "several GPUs: torchrun with --shard"),
     ]
     return ", ".join(text for possible, text in ways if possible)

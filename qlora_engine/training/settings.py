@@ -151,6 +151,11 @@ class Settings:
         parse_offload(self.offload)
         parse_recompute(self.recompute)
         check_optimizer(self.optimizer, sharded=self.shard)
+        if self.shard and not can_shard():
+            raise InputError(
+                f"--shard needs torch 2.12 or newer, this is {torch.__version__}: before, FSDP2 takes no "
+                "packed weights; leave --shard out (a copy of the model on each GPU)"
+            )
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise InputError(
                 "--tensorboard needs tensorboard, which is not installed (pip install tensorboard)"
@@ -159,6 +164,15 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """JSON-able, for the check that a resumed run is the same run."""
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+
+def can_shard() -> bool:
+    """Whether torch's FSDP2 takes packed weights.
+
+    Before 2.12 it lets each shard train before it asks whether it should, which whole numbers cannot
+    (pytorch/pytorch#177844); 2.6 also wants one dtype for all weights of a layer.
+    """
+    return torch.__version__ >= "2.12"  # compared as releases: a TorchVersion
 
 
 def precision_of(wanted: str, device: torch.device) -> str:

@@ -14,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.parity.releases import since
 from tests.torchrun import finish, launch
 
 from .test_finetune import invoke, losses
 
 STEPS = ("--max-steps", 4, "--max-length", 48, "--packing", "off", "--learning-rate", 0.01)
+SHARDS = since("2.12", "FSDP2 takes no packed weights", "torch")
 EVERY = ("--save-every", 2, "--evaluate-every", 2)
 
 
@@ -47,8 +49,8 @@ def alone(quantised: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory)
     "how",
     [
         pytest.param((), marks=pytest.mark.slow),
-        pytest.param(("--shard",), marks=pytest.mark.slow),
-        ("--shard", "--offload", "embedding,activations"),
+        pytest.param(("--shard",), marks=[SHARDS, pytest.mark.slow]),
+        pytest.param(("--shard", "--offload", "embedding,activations"), marks=SHARDS),
     ],
     ids=["copies", "shards", "shards with offload"],
 )
@@ -118,7 +120,7 @@ def test_two_processes_train_as_one_with_layers_replayed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [(), ("--shard",)], ids=["copies", "shards"])
+@pytest.mark.parametrize("how", [(), pytest.param(("--shard",), marks=SHARDS)], ids=["copies", "shards"])
 def test_one_killed_process_ends_all_and_the_run_goes_on(
     how: tuple[str, ...],
     quantised: Path,
@@ -168,7 +170,7 @@ def test_an_error_is_told_once(quantised: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [(), ("--shard",)], ids=["copies", "shards"])
+@pytest.mark.parametrize("how", [(), pytest.param(("--shard",), marks=SHARDS)], ids=["copies", "shards"])
 def test_four_processes_train_as_one(
     how: tuple[str, ...], quantised: Path, rows: Path, alone: Path, tmp_path: Path
 ) -> None:
@@ -184,6 +186,7 @@ def test_four_processes_train_as_one(
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-4)
 
 
+@SHARDS
 def test_sharding_needs_processes(quantised: Path, rows: Path, tmp_path: Path) -> None:
     status, _, err = invoke(quantised, "--data", rows, "--output", tmp_path / "adapter", "--shard")
     assert status == 2

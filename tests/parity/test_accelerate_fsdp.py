@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.parity.releases import since
 from tests.torchrun import run_script
 
 SCRIPT = """
@@ -55,6 +56,7 @@ distributed.leave()
 """
 
 
+@since("2.12", "FSDP2 takes no packed weights", "torch")
 @pytest.mark.slow
 def test_accelerate_shards_our_model(tmp_path: Path, make_checkpoint: object) -> None:
     from qlora_engine.cli import loftq_init

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 
 from qlora_engine import LoftQConfig, LoraConfig, fused, fused_blocks, fused_norms, get_peft_model
+from tests.parity.releases import since
 
 
 def build() -> Any:
@@ -100,6 +101,7 @@ def compare(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@since("2.12", "FSDP2 takes no packed weights", "torch")
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed")
 def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:

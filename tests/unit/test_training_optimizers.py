@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 from transformers import TrainingArguments
 
 from qlora_engine import LoraConfig, get_peft_model
 from qlora_engine.errors import InputError
 from qlora_engine.training import optimizers
-from qlora_engine.training.settings import Settings
+from qlora_engine.training.settings import Settings, can_shard
 from qlora_engine.training.trainer import AdapterTrainer
 
 
@@ -41,7 +43,8 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sharded_parameters_want_an_optimizer_that_knows_shards(name: str) -> None:
     with pytest.raises(InputError, match=r"on whole tensors, not on shards; with --shard use adamw_torch"):
         Settings(data=Path("d"), output=Path("o"), optimizer=name, shard=True)
-    Settings(data=Path("d"), output=Path("o"), optimizer="adamw_torch_fused", shard=True)
+    if can_shard():
+        Settings(data=Path("d"), output=Path("o"), optimizer="adamw_torch_fused", shard=True)
 
 
 def trainer(make_model: Any, folder: Path, optimizer: str, ratio: float | None = None) -> AdapterTrainer:
@@ -86,3 +89,17 @@ def test_eight_bit_states_take_a_byte(make_model: Any, tmp_path: Path) -> None:
     large = [optimizer.state[p]["state1"].dtype for p in after if p.numel() >= 4096]
     assert large
     assert set(large) == {torch.uint8}
+
+
+@pytest.mark.parametrize(
+    ("release", "can"), [("2.6.0+cu124", False), ("2.11.0", False), ("2.12.0", True), ("3.0.0", True)]
+)
+def test_packed_weights_are_sharded_by_a_torch_that_can(
+    release: str, can: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion(release))
+    if not can:
+        with pytest.raises(InputError, match=re.escape(f"torch 2.12 or newer, this is {release}:")):
+            Settings(data=Path("d"), output=Path("o"), shard=True)
+    else:
+        Settings(data=Path("d"), output=Path("o"), shard=True)

@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.parity.releases import since
 from tests.torchrun import run_script
+
+pytestmark = since("2.12", "FSDP2 takes no packed weights", "torch")
 
 SCRIPT = """
 import sys, torch
