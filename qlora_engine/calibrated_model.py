@@ -23,6 +23,7 @@ from .inits import get, initialise
 from .propagate import Solve, propagate
 from .targets import pattern_value
 from .texts import DEFAULT_WINDOW, load_texts
+from .tokenizer import read_tokenizer
 
 # Of all second moments together: above it they are found a block at a time and wait in a file.
 _IN_MEMORY = 2 << 30
@@ -144,11 +145,9 @@ def _tokenizer_of(model: Any) -> Any:
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not name:
         return None
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError, KeyError):
+        return read_tokenizer(name, local_files_only=True)
+    except InputError:
         return None
 
 

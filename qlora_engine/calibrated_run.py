@@ -23,12 +23,13 @@ from quant import QuantSpec
 from .allocate import Allocation, allocate, candidate_specs, layer_choices
 from .calibration import calibrate
 from .calibration_result import Calibration
-from .errors import InputError, in_short
+from .errors import InputError
 from .files import Lock, write_json
 from .options import InitOptions
 from .plan import Plan
 from .propagate_run import Propagation
 from .texts import DEFAULT_WINDOW, load_texts
+from .tokenizer import read_tokenizer
 from .workspace import RUN_FILE, Workspace
 
 # Least error a bit, recipe-fast on two layers of MiniLM, output error on other text: at 2.13 bits uint2 .124,
@@ -293,15 +294,7 @@ def _window(source: Source, plan: Plan) -> int | None:
 
 
 def _tokenizer(plan: Plan) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            plan.checkpoint.folder, trust_remote_code=plan.options.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        folder = plan.checkpoint.folder
-        raise InputError(f"{folder} has no tokenizer to read texts with: {in_short(error)}") from error
+    return read_tokenizer(plan.checkpoint.folder, trust_remote_code=plan.options.trust_remote_code)
 
 
 def _read(path: Path) -> Any:

@@ -11,7 +11,8 @@ from typing import Any
 from qlora_engine import distributed
 from qlora_engine.cli import common
 from qlora_engine.cli.finetune_display import Display
-from qlora_engine.errors import InputError, in_short
+from qlora_engine.errors import InputError
+from qlora_engine.tokenizer import read_tokenizer
 
 _RANK = 16
 _TARGETS = ("all-linear",)
@@ -110,7 +111,6 @@ def load(folder: Path, adapter: Path | None, options: dict[str, Any]) -> tuple[A
         InputError: no such device, or a model that cannot be sharded.
     """
     import torch
-    from transformers import AutoTokenizer
 
     from qlora_engine import LoraConfig, PeftModel, get_peft_model
     from qlora_engine.loading import from_pretrained
@@ -122,10 +122,7 @@ def load(folder: Path, adapter: Path | None, options: dict[str, Any]) -> tuple[A
     precision = precision_of(options["precision"], device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     trust = options["trust_remote_code"]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder} has no tokenizer that can be read: {in_short(error)}") from error
+    tokenizer = read_tokenizer(folder, trust_remote_code=trust)
     if adapter is not None:
         config = LoraConfig.from_pretrained(str(adapter))
         config.inference_mode = False
