@@ -20,12 +20,17 @@ from .targets import get_pattern_key
 def plan_experts(
     checkpoint: Checkpoint, architecture: Architecture, options: InitOptions, is_native: bool
 ) -> tuple[list[tuple[ModuleInfo, ExpertEntry]], list[str]]:
-    """The experts to quantise, and notes. ``is_native``: the rest is saved in the native format."""
+    """The experts to quantise, and notes. ``is_native``: the rest is saved in the native format.
+
+    Raises:
+        InputError: options that contradict each other, or an exclusion of some experts of a stack.
+    """
     wanted = options.quantize_experts
     if options.target_parameters:
         if wanted is False:
             raise InputError("--target-parameters adapts quantised experts; leave out --no-quantize-experts")
         wanted = True
+    asked = "--target-parameters" if options.target_parameters else "--quantize-experts"
     if wanted and options.save_format in ("bnb", "dense"):
         why = (
             "transformers with bitsandbytes quantises Linears alone"
@@ -33,13 +38,13 @@ def plan_experts(
             else "their layout on disk is not written"
         )
         raise InputError(
-            f"--quantize-experts with --save-format {options.save_format}: {why}; choose native, or "
-            "leave the experts dense"
+            f"{asked} with --save-format {options.save_format}: {why}; choose native, or leave the "
+            "experts dense"
         )
     if wanted is False or (wanted is None and not is_native):
         return [], []
     found, left = expert_matrices(checkpoint, architecture)
-    found = [(module, entry) for module, entry in found if not _is_excluded(options, entry)]
+    found = _without_excluded(found, options)
     notes = []
     if left:
         notes.append(
@@ -47,7 +52,7 @@ def plan_experts(
             "incomplete, not floating point, or put together in a way that is not known here"
         )
     if wanted and not found:
-        notes.append("--quantize-experts: this model has no stacked experts that can be quantised")
+        notes.append(f"{asked}: this model has no stacked experts that can be quantised")
     if found:
         stacks = {entry.stack for _, entry in found}
         notes.append(
@@ -101,6 +106,22 @@ def expert_layers(
         plan_layer(index, module, entry, _spec(options, entry), options, is_adapted=entry.stack in adapted)
         for index, (module, entry) in enumerate(experts, start)
     )
+
+
+def _without_excluded(
+    experts: Sequence[tuple[ModuleInfo, ExpertEntry]], options: InitOptions
+) -> list[tuple[ModuleInfo, ExpertEntry]]:
+    """The experts of stacks that ``exclude_modules`` does not name: a stack is packed whole or not at all."""
+    excluded = {entry.name: entry.stack for _, entry in experts if _is_excluded(options, entry)}
+    left = [(module, entry) for module, entry in experts if entry.name not in excluded]
+    kept = {entry.stack for _, entry in left}
+    for name, stack in excluded.items():
+        if stack in kept:
+            raise InputError(
+                f"--exclude-modules: '{name}' is one expert of '{stack}', whose experts are quantised all or "
+                "none; exclude the stack"
+            )
+    return left
 
 
 def _is_excluded(options: InitOptions, entry: ExpertEntry) -> bool:

@@ -134,6 +134,16 @@ def test_which_experts_are_quantised(mixture: Any, tmp_path: Path) -> None:
         assert f"--quantize-experts with --save-format {save_format}" in done.error()
 
 
+@pytest.mark.parametrize("more", [(), ("--target-parameters", "down_proj")])
+def test_a_stack_is_excluded_whole_or_not_at_all(more: tuple[str, ...], mixture: Any, tmp_path: Path) -> None:
+    one = "model.layers.0.mlp.experts.down_proj.2"
+    for excluded in (one, r".*\.layers\.0\..*down_proj\.[23]"):
+        done = invoke(mixture("gpt_oss"), tmp_path / "out", "--bits", 3, "--exclude-modules", excluded, *more)
+        message = done.error()
+        assert message.startswith(f"--exclude-modules: '{one}' is one expert of '{one.removesuffix('.2')}'")
+    assert not list(tmp_path.iterdir())
+
+
 def test_training_and_merging_on_quantised_experts(mixture: Any, tmp_path: Path) -> None:
     base, out = mixture("mixtral"), tmp_path / "out"
     assert invoke(base, out, "--bits", 3, "--rank", 4, "--device", "cpu").code == 0
@@ -319,7 +329,10 @@ def test_experts_are_solved_in_the_metric_of_the_tokens_that_reach_them(
             "is no stack of experts that is quantised (did you mean 'down_proj'?)",
         ),
         (("--target-parameters", "down_proj", "--no-quantize-experts"), "leave out --no-quantize-experts"),
-        (("--target-parameters", "down_proj", "--save-format", "bnb"), "--save-format bnb"),
+        (
+            ("--target-parameters", "down_proj", "--save-format", "bnb"),
+            "--target-parameters with --save-format bnb",
+        ),
         (("--target-parameters", "down_proj", "--rank-pattern", "down_proj=50"), "at most 32"),
     ],
 )
