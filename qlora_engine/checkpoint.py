@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -207,6 +208,24 @@ def shard_names(count: int) -> list[str]:
     if count == 1:
         return [WEIGHTS_FILE]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def index_weights(folder: Path) -> int:
+    """Write the index of the weight files in ``folder`` if there are several; whatever else is there goes.
+
+    Returns:
+        Bytes of all tensors in them.
+    """
+    shards = sorted(folder.glob("model*.safetensors"))
+    for path in folder.iterdir():
+        if path not in shards:  # what an earlier run wrote before it was cut off
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    headers = {shard: read_header(shard)[0] for shard in shards}
+    total = sum(entry.nbytes for entries in headers.values() for entry in entries.values())
+    if len(shards) > 1:
+        weight_map = {name: shard.name for shard, entries in headers.items() for name in entries}
+        write_index(folder, weight_map, total)
+    return total
 
 
 def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:

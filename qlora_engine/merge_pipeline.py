@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .architecture import ModuleInfo
-from .checkpoint import CONFIG_FILE, shard_names, split_shards, write_index
+from .checkpoint import CONFIG_FILE, index_weights, shard_names, split_shards
 from .errors import InputError
 from .files import copy_file, read_json_object, rename_into_place, write_json
 from .fingerprint import FINGERPRINT_FILE, Fingerprint, module_digest
@@ -24,16 +21,14 @@ from .merge_plan import MergePlan
 from .merge_worker import LazyTensor, MergedLayer, Progress, Worker
 from .options import InitOptions
 from .peak_memory import peak_memory
-from .pipeline import versions
 from .plan import Plan
+from .report import versions
 from .safetensors_io import TensorEntry, Writable, read_header, write_file
-from .serialise import ConvertedTensor, layer_tensors, model_config
+from .serialise import TABLE_BYTES, ConvertedTensor, layer_tensors, model_config
 from .skip_modules import skip_modules
-from .workspace import Workspace
+from .workspace import Workspace, check_apart
 
 REPORT_FILE = "merge_report.json"
-_SPARE = 64 << 20  # for configs, tokenizer and the file system
-_TABLES = 512  # about what bitsandbytes' quant_map and quant_state take
 
 
 @dataclass(frozen=True)
@@ -103,8 +98,8 @@ def run_merge(
     """
     began = time.perf_counter()
     described = describe_merge(plan)
-    for folder in (plan.base.checkpoint.folder, plan.adapter.folder):
-        _check_apart(folder, out)
+    check_apart(out, plan.base.checkpoint.folder, "model")
+    check_apart(out, plan.adapter.folder, "adapter")
     list(plan.base.checkpoint.side_files())  # refuses links that lead out of the folder
     Workspace.tidy(out)
     if resume and (finished := _finished(out, described)) is not None:
@@ -112,7 +107,7 @@ def run_merge(
     workspace = Workspace.open(out, described, overwrite=overwrite, resume=resume)
     try:
         if not workspace.is_done:
-            _check_space(plan, workspace)
+            workspace.check_space(sum(job.nbytes for job in plan.jobs))
             layers = _write_shards(plan, workspace, progress)
             _assemble(plan, workspace, described, layers, began)
             if describe_merge(plan) != described:
@@ -138,28 +133,10 @@ def _finished(out: Path, described: dict[str, Any]) -> MergeReport | None:
     return report if report.run == json.loads(json.dumps(described)) else None
 
 
-def _check_apart(folder: Path, out: Path) -> None:
-    source, target = Path(os.path.realpath(folder)), Path(os.path.realpath(out))
-    if source == target or source.is_relative_to(target):
-        raise InputError(f"{out} is or contains {folder}, which would be lost; give another folder")
-
-
-def _check_space(plan: MergePlan, workspace: Workspace) -> None:
-    needed = sum(job.nbytes for job in plan.jobs) + _SPARE
-    there = sum(path.stat().st_size for path in workspace.root.rglob("*") if path.is_file())
-    free = shutil.disk_usage(workspace.root).free
-    if free < needed - there:
-        raise OSError(
-            errno.ENOSPC,
-            f"{workspace.out.parent} has {free / 1e9:.2f} GB free, and this run needs about "
-            f"{(needed - there) / 1e9:.2f} GB",
-        )
-
-
 def _write_shards(plan: MergePlan, workspace: Workspace, progress: Progress | None) -> list[MergedLayer]:
     """Write every weight file that is not there yet; what was merged into which lies beside as JSON."""
     quantising = _quantising_plan(plan)
-    sizes = [job.nbytes + (_TABLES if job.kind == "quantise" else 0) for job in plan.jobs]
+    sizes = [job.nbytes + (TABLE_BYTES if job.kind == "quantise" else 0) for job in plan.jobs]
     runs = split_shards(sizes, plan.options.max_shard_size)
     layers: list[MergedLayer] = []
     for positions, file_name in zip(runs, shard_names(len(runs)), strict=True):
@@ -289,15 +266,7 @@ def _assemble(
 ) -> None:
     """Everything of the output but the weight files."""
     result = workspace.result
-    shards = sorted(result.glob("model*.safetensors"))
-    for path in result.iterdir():
-        if path not in shards:  # of an assembly that was cut off
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    headers = {shard: read_header(shard)[0] for shard in shards}
-    total = sum(entry.nbytes for entries in headers.values() for entry in entries.values())
-    if len(shards) > 1:
-        weight_map = {name: shard.name for shard, entries in headers.items() for name in entries}
-        write_index(result, weight_map, total)
+    total = index_weights(result)
     write_json(result / CONFIG_FILE, result_config(plan))
     for folder, relative in _side_files(plan):
         (result / relative).parent.mkdir(parents=True, exist_ok=True)

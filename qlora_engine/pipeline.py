@@ -2,61 +2,34 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import platform
-import re
-import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .adapter_io import write_adapter
+from .assemble import assemble
 from .calibration_result import Calibration
-from .checkpoint import CONFIG_FILE, natural_order, shard_names, split_shards, write_index
-from .config import LoraConfig
+from .checkpoint import natural_order, shard_names, split_shards
 from .distributed import barrier, from_main, together, world
 from .errors import InputError
-from .expert_adapter import stack_paths, stacked_factors
-from .files import copy_file, rename_into_place, write_json
-from .fingerprint import Fingerprint
+from .files import rename_into_place
 from .layer_plan import LayerPlan
-from .peak_memory import peak_memory
 from .pieces import Pieces
 from .plan import Plan
 from .propagate_run import Propagation, propagate_layers, propagation_notes
-from .report import LayerReport, RunReport, dumps
-from .report_html import write_html
-from .safetensors_io import TensorEntry, Writable, read_header, write_file
-from .serialise import model_config, rest_tensor
+from .report import LayerReport, RunReport, dumps, versions
+from .safetensors_io import write_file
+from .serialise import TABLE_BYTES, rest_tensor
 from .solve import SolvedLayer, solve_layer
 from .solve_ahead import solve_ahead
-from .targets import get_pattern_key
-from .workspace import Workspace
-
-ADAPTER_FOLDER = "loftq_init"
-_TABLES = 512  # about what bitsandbytes' quant_map and quant_state take, to plan shards
-_SPARE = 64 << 20  # for configs, tokenizer and the file system
+from .workspace import Workspace, check_apart
 
 Progress = Callable[[LayerReport, bool], None]
-
-
-def versions() -> dict[str, str]:
-    """Of this package, what computes, and the Python it runs in."""
-    found = {"python": platform.python_version()}
-    for name in ("qlora-engine", "torch", "transformers", "safetensors"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def choose_device(name: str) -> torch.device:
@@ -129,7 +102,7 @@ def run(
     began = time.perf_counter()
     here = world()
     described = describe_run(plan, device, calibrated)
-    _check_apart(plan.checkpoint.folder, out)
+    check_apart(out, plan.checkpoint.folder, "model")
     list(plan.checkpoint.side_files())  # refuses links that lead out of the folder
     opened: list[Workspace] = []  # by the first process, for all
 
@@ -141,7 +114,7 @@ def run(
         opened.append(Workspace.open(out, described, overwrite=overwrite, resume=resume))
         if opened[0].is_done:
             return None, []
-        _check_space(plan, opened[0])
+        opened[0].check_space(_space(plan))
         pieces = Pieces(opened[0].pieces)
         return None, [layer.index for layer in plan.layers if not pieces.has(layer)]
 
@@ -163,7 +136,7 @@ def run(
                 device=_device_name(device) + (f", {here.size} processes" if here.size > 1 else ""),
                 bytes_in=plan.checkpoint.nbytes,
             )
-            _assemble(plan, workspace, report, out, lambda: before + time.perf_counter() - began)
+            assemble(plan, workspace, report, out, lambda: before + time.perf_counter() - began)
             if plan.checkpoint.identity() != described["input"]:
                 raise InputError(f"{plan.checkpoint.folder} was changed while it was read")
             workspace.finish()
@@ -207,12 +180,6 @@ def _device_name(device: torch.device) -> str:
     )
 
 
-def _check_apart(folder: Path, out: Path) -> None:
-    model, target = Path(os.path.realpath(folder)), Path(os.path.realpath(out))
-    if model == target or model.is_relative_to(target):
-        raise InputError(f"{out} is or contains the model {folder}, which would be lost; give another folder")
-
-
 def _finished(out: Path, described: dict[str, Any]) -> RunReport | None:
     """The report of ``out`` if the same run has already made it."""
     try:
@@ -222,27 +189,16 @@ def _finished(out: Path, described: dict[str, Any]) -> RunReport | None:
     return report if json.loads(dumps(described)) == report.run else None
 
 
-def _check_space(plan: Plan, workspace: Workspace) -> None:
-    sizes = _sizes(plan)
-    element = torch.finfo(getattr(torch, plan.options.adapter_dtype)).bits // 8
-    adapter = sum(layer.factor_bytes(element) for layer in plan.layers)
-    needed = (
-        sum(sizes.values()) + min(plan.options.max_shard_size, sum(sizes.values())) + 2 * adapter + _SPARE
-    )
-    there = sum(path.stat().st_size for path in workspace.root.rglob("*") if path.is_file())
-    free = shutil.disk_usage(workspace.root).free
-    if free < needed - there:
-        raise OSError(
-            errno.ENOSPC,
-            f"{workspace.out.parent} has {free / 1e9:.2f} GB free, and this run needs about "
-            f"{(needed - there) / 1e9:.2f} GB",
-        )
+def _space(plan: Plan) -> int:
+    """Bytes on disk that the run needs: the output, the shard being written and the adapter twice."""
+    weights = sum(_sizes(plan).values())
+    return weights + min(plan.options.max_shard_size, weights) + 2 * plan.adapter_bytes(*plan.layers)
 
 
 def _sizes(plan: Plan) -> dict[str, int]:
     """Bytes that each tensor on disk becomes, by its name, in natural order."""
     sizes = {entry.name: plan.rest_bytes(entry) for entry in plan.rest}
-    sizes |= {layer.entry.name: plan.layer_bytes(layer) + _TABLES for layer in plan.layers}
+    sizes |= {layer.entry.name: plan.layer_bytes(layer) + TABLE_BYTES for layer in plan.layers}
     return {name: sizes[name] for name in sorted(sizes, key=natural_order)}
 
 
@@ -360,95 +316,3 @@ def _solve(
             result = solve_layer(plan, layer, weight, device, calibration)
             del weight  # not held while the caller writes
             yield result
-
-
-def _assemble(
-    plan: Plan, workspace: Workspace, report: RunReport, out: Path, seconds: Callable[[], float]
-) -> None:
-    """Everything of the output but the shards."""
-    result, pieces = workspace.result, Pieces(workspace.pieces)
-    shards = sorted(result.glob("model*.safetensors"))
-    for path in result.iterdir():
-        if path not in shards:  # of an assembly that was cut off
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    headers = {shard: read_header(shard)[0] for shard in shards}
-    total = sum(entry.nbytes for entries in headers.values() for entry in entries.values())
-    if len(shards) > 1:
-        weight_map = {name: shard.name for shard, entries in headers.items() for name in entries}
-        write_index(result, weight_map, total)
-    write_json(result / CONFIG_FILE, model_config(plan))
-    for relative in plan.checkpoint.side_files(code=plan.options.trust_remote_code):
-        (result / relative).parent.mkdir(parents=True, exist_ok=True)
-        copy_file(plan.checkpoint.folder / relative, result / relative)
-    facts = {layer: pieces.facts(layer) for layer in plan.layers}
-    fingerprint = Fingerprint(
-        specs={layer.path: layer.spec for layer in plan.layers},
-        digests={layer.path: digest for layer, (_, digest) in facts.items()},
-        compute_dtype=plan.dtype,
-        dense=plan.save_format == "dense",
-    )
-    fingerprint.write(result)
-    factors = _factors(plan, pieces)
-    write_adapter(result / ADAPTER_FOLDER, factors, adapter_config(plan, out), fingerprint)
-    report = replace(
-        report,
-        layers=tuple(layer_report for layer_report, _ in facts.values()),
-        bytes_out=total,
-        adapter_bytes=sum(entry.nbytes for entry in factors),
-        seconds=seconds(),
-        peak_rss=peak_memory(),
-    )
-    report.write(result)
-    write_html(report, result)
-
-
-def _factors(plan: Plan, pieces: Pieces) -> list[Writable]:
-    """The adapter's tensors; those of a stack's experts put together."""
-    found: list[Writable] = []
-    stacks: dict[str, list[list[TensorEntry]]] = {}
-    for layer in plan.layers:
-        mine = pieces.factors(layer)
-        if layer.stack is None:
-            found += mine
-        elif layer.rank:
-            stacks.setdefault(layer.stack, []).append(mine)
-    for stack, path in stack_paths(stacks).items():
-        found += stacked_factors(stack, path, stacks[stack])
-    return found
-
-
-def adapter_config(plan: Plan, out: Path) -> LoraConfig:
-    """The adapter's LoraConfig: PEFT computes the same scaling from it as the plan has."""
-    options, architecture = plan.options, plan.architecture
-    adapted = [layer for layer in plan.layers if layer.rank]
-    mapping = {"base_model_class": architecture.class_name, "parent_library": architecture.library}
-    return LoraConfig(
-        r=options.rank,
-        lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # PEFT's annotation; any number works
-        use_rslora=options.rslora,
-        rank_pattern=_pattern(
-            options.rank_pattern, options.rank, {ly.stack or ly.path: ly.rank for ly in adapted}
-        ),
-        alpha_pattern=_pattern(
-            options.alpha_pattern, options.lora_alpha, {ly.stack or ly.path: ly.alpha for ly in adapted}
-        ),
-        target_modules=plan.target_modules,
-        target_parameters=list(dict.fromkeys(ly.stack for ly in adapted if ly.stack)) or None,
-        fan_in_fan_out=all(layer.module.kind == "conv1d" for layer in adapted if not layer.stack),
-        init_lora_weights=True,
-        inference_mode=True,
-        task_type=architecture.task,
-        auto_mapping=None if architecture.task else mapping,
-        base_model_name_or_path=str(out),
-    )
-
-
-def _pattern(given: Mapping[str, Any], default: Any, wanted: dict[str, Any]) -> dict[str, Any]:
-    """``given`` where sorting its keys, as the file does, leaves its meaning; else full names.
-
-    The first key that matches wins, so sorting can change what overlapping patterns mean.
-    """
-    patterns = dict(sorted(given.items()))
-    if all(patterns.get(get_pattern_key(patterns, path), default) == value for path, value in wanted.items()):
-        return patterns
-    return {f"^{re.escape(path)}$": value for path, value in wanted.items() if value != default}

@@ -76,6 +76,11 @@ class Plan:
             return layer.numel * DTYPE_BITS[STORED_DTYPE[self.dtype]] // 8
         return layer.spec.nbytes(layer.numel)
 
+    def adapter_bytes(self, *layers: LayerPlan) -> int:
+        """Bytes of the adapter's factors of the given layers."""
+        element = DTYPE_BITS[STORED_DTYPE[self.options.adapter_dtype]] // 8
+        return sum(layer.factor_bytes(element) for layer in layers)
+
     def rest_bytes(self, entry: TensorEntry) -> int:
         """Bytes of a tensor that is not quantised, as it will be saved."""
         return entry.numel * DTYPE_BITS[self.stored_dtype(entry)] // 8

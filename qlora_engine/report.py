@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import platform
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,18 @@ from .files import read_json_object, write_json
 
 REPORT_FILE = "report.json"
 VERSION = 1
-
-
 _LARGEST = 1e100  # squares of sums of numbers below it are finite
+
+
+def versions() -> dict[str, str]:
+    """Of this package, what computes, and the Python it runs in."""
+    found = {"python": platform.python_version()}
+    for name in ("qlora-engine", "torch", "transformers", "safetensors"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def _fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

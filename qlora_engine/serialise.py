@@ -26,6 +26,7 @@ from .safetensors_io import (
     Writable,
 )
 
+TABLE_BYTES = 512  # about what bitsandbytes' quant_map and quant_state take, to plan shards
 NATIVE_METHOD = "qlora_engine"
 NATIVE_VERSION = 1
 

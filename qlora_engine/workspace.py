@@ -26,6 +26,7 @@ from .errors import InputError
 from .files import Lock, read_json_object, sync_folder, write_json
 
 RUN_FILE = "run.json"
+_SPARE = 64 << 20  # bytes for configs, tokenizer and the file system
 
 
 def _is_empty(folder: Path) -> bool:
@@ -163,6 +164,21 @@ class Workspace:
         """Whether the output is whole and only has to be published."""
         return (self.root / "done").exists()
 
+    def check_space(self, needed: int) -> None:
+        """Raise where ``needed`` bytes, less those that are here already, do not fit on the disk.
+
+        Raises:
+            OSError: ENOSPC.
+        """
+        there = sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
+        missing, free = needed + _SPARE - there, shutil.disk_usage(self.root).free
+        if free < missing:
+            raise OSError(
+                errno.ENOSPC,
+                f"{self.out.parent} has {free / 1e9:.2f} GB free, and this run needs about "
+                f"{missing / 1e9:.2f} GB",
+            )
+
     def finish(self) -> None:
         """Declare that ``result`` is whole: flush its folders, then rename it in one step."""
         for folder, _, _ in os.walk(self.result):
@@ -209,6 +225,19 @@ def _check_ours(root: Path, out: Path) -> None:
     if names and not names & {"lock", RUN_FILE}:
         raise InputError(
             f"{root} holds '{min(names)}' and no unfinished work, which for {out} is kept there; move it away"
+        )
+
+
+def check_apart(out: Path, source: Path, what: str) -> None:
+    """Refuse an output folder that is, or holds, the input ``source``, a ``what``.
+
+    Raises:
+        InputError: it does.
+    """
+    read, written = Path(os.path.realpath(source)), Path(os.path.realpath(out))
+    if read.is_relative_to(written):
+        raise InputError(
+            f"{out} is or contains the {what} {source}, which would be lost; give another folder"
         )
 
 
