@@ -42,6 +42,17 @@ def fail(program: str, message: object) -> NoReturn:
     raise SystemExit(2)
 
 
+def kept_work(out: Path | None, what: str) -> str:
+    """What to add to an error of a run that writes ``out``, once finished ``what`` lies in its workspace."""
+    from qlora_engine.workspace import RUN_FILE, Workspace
+
+    if out is None:
+        return ""
+    root = Workspace.folder_for(Path(os.path.realpath(out)))
+    kept = os.path.exists(root / RUN_FILE)  # where Path.exists raises, for a name that is too long, False
+    return f"; finished {what} are kept in {root}, --resume goes on" if kept else ""
+
+
 def run_command(
     program: str,
     command: click.Command,

@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
-import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from qlora_engine import distributed, inits
 from qlora_engine.cli import common
+from qlora_engine.cli.loftq_init_plan import plan_facts, plan_table
+from qlora_engine.cli.progress import CalibrationLog, progress
 from qlora_engine.errors import InputError
 from qlora_engine.files import at_home
-from qlora_engine.layer_plan import LayerPlan
 from qlora_engine.options import FORMAT_OF_BITS, InitOptions, default_iters, init_methods
 from qlora_engine.plan import Plan
 from qlora_engine.report import LayerReport, RunReport, dumps
-from qlora_engine.report_table import human_bytes, human_seconds, human_width, summary
-from qlora_engine.safetensors_io import DTYPE_BITS, STORED_DTYPE
+from qlora_engine.report_table import summary
 
-_LOG_SECONDS = 10.0  # between lines of progress where there is no terminal
 _state: dict[str, Path] = {}
 
 
 def how_to_go_on() -> str:
     """What to add to an error once work has been kept."""
-    from qlora_engine.workspace import RUN_FILE, Workspace
-
-    out = _state.get("out")
-    if out is None:
-        return ""
-    root = Workspace.folder_for(Path(os.path.realpath(out)))
-    kept = os.path.exists(root / RUN_FILE)  # where Path.exists raises, for a name that is too long, False
-    return f"; finished layers are kept in {root}, --resume goes on" if kept else ""
+    return common.kept_work(_state.get("out"), "layers")
 
 
 def parse_options(given: dict[str, Any]) -> InitOptions:
@@ -104,12 +90,11 @@ def execute(model: str, out: Path, given: dict[str, Any], command: str) -> int:
     """Plan, run and print; the exit status."""
     options = parse_options(given)  # before the slow imports: a wrong option is told at once
     # torch and transformers take seconds to import
-    from qlora_engine import calibrated_run, pipeline
+    from qlora_engine import pipeline
     from qlora_engine.architecture import read_architecture
     from qlora_engine.checkpoint import Checkpoint
     from qlora_engine.hub import find_model
     from qlora_engine.plan import make_plan
-    from qlora_engine.workspace import check_output
 
     source = _source(given)
     device = pipeline.choose_device(given["device"])
@@ -130,52 +115,78 @@ def execute(model: str, out: Path, given: dict[str, Any], command: str) -> int:
             screen.print(Text("note: --budget chooses the widths once the layers' errors are measured"))
         return 0
     _state["out"] = out
+    plan, report = _solve(plan, out, source, given, device, screen, model=model, command=command)
+    if is_main:
+        _tell(plan, out, report, given, screen)
+    return 0
+
+
+def _solve(
+    plan: Plan,
+    out: Path,
+    source: Any,
+    given: dict[str, Any],
+    device: Any,
+    screen: Any,
+    **named: str,
+) -> tuple[Plan, RunReport]:
+    """Calibrate where texts are given, share out a budget, solve and write; the plan with its budget.
+
+    ``named``: how the user named the model and the command, for the report.
+    """
+    from qlora_engine import calibrated_run, pipeline
+    from qlora_engine.workspace import check_output
+
+    here = distributed.world()
     calibration, identity, propagation = None, None, None
-    if options.propagate and distributed.world().size > 1:
+    if given["propagate"] and here.size > 1:
         raise InputError("--propagate solves one layer behind the other: start it without torchrun")
-    if source.given or given["budget"] is not None:
+    prepares = source.given or given["budget"] is not None
+    if prepares:
         check_output(out, overwrite=given["overwrite"] or given["resume"])
-    with calibrated_run.alone(source, out) if is_main else nullcontext():
+    with calibrated_run.alone(source, out) if here.is_main else nullcontext():
         try:
-            if source.given or given["budget"] is not None:
+            if prepares:
                 plan, calibration, identity = _calibrated(plan, out, source, given, device, screen)
-            if options.propagate:
+            if given["propagate"]:
                 propagation = calibrated_run.propagation(source, plan, device)
                 identity = {**calibrated_run.texts_identity(source, device), "blend": propagation.blend}
-            with _progress(plan, quiet=quiet, as_json=as_json) as progress:
+            quiet, as_json = given["quiet"] or not here.is_main, given["as_json"] and here.is_main
+            with progress(len(plan.layers), _describe, quiet=quiet, as_json=as_json) as update:
                 report = pipeline.run(
                     plan,
                     out,
                     device=device,
-                    model=model,
-                    command=command,
                     overwrite=given["overwrite"],
                     resume=given["resume"],
-                    progress=progress,
+                    progress=update,
                     calibration=calibration,
                     calibrated=identity,
                     propagation=propagation,
+                    **named,
                 )
         except InputError:
-            if is_main:
+            if here.is_main:
                 calibrated_run.forget(source, out)
             raise
-        if is_main:
+        if here.is_main:
             calibrated_run.forget(source, out)
-    if not is_main:
-        return 0
-    if as_json:
+    return plan, report
+
+
+def _tell(plan: Plan, out: Path, report: RunReport, given: dict[str, Any], screen: Any) -> None:
+    """What came out, whether it is what it should be, and what to run next."""
+    if given["as_json"]:
         common.emit(dumps({"event": "done", "out": str(out)} | run_facts(report)))
     screen.print(summary(report))
     if given["verify"]:
         from qlora_engine.verify import verify
 
         verified = verify(plan, out)
-        if as_json:
+        if given["as_json"]:
             common.emit(dumps({"event": "verified"} | asdict(verified)))
         screen.print(Text(f"\n{verified}"), soft_wrap=True)
     screen.print(Text(next_steps(out, plan, report)), soft_wrap=True)
-    return 0
 
 
 def _source(given: dict[str, Any]) -> Any:
@@ -203,7 +214,7 @@ def _calibrated(
     is_main = distributed.world().is_main
     quiet = given["quiet"] or given["as_json"] or not is_main
     if source.given and (not given["propagate"] or given["budget"] is not None):
-        log = None if quiet else _CalibrationLog().update
+        log = None if quiet else CalibrationLog().update
 
         def obtain() -> Any:
             return calibrated_run.obtain(
@@ -220,51 +231,13 @@ def _calibrated(
     plan = make_plan(plan.checkpoint, plan.architecture, options)
     plan = replace(plan, notes=plan.notes + notes)
     screen.print(plan_table(plan), *(Text(note) for note in notes))
-    if given[
-        "propagate"
-    ]:  # what calibration found has told the widths, and is not what layers are solved with
+    if given["propagate"]:  # the calibration has told the widths; layers are solved with what they meet
         calibration = None
     return plan, calibration, identity
 
 
-class _CalibrationLog:
-    """A line at most every few seconds while text runs through the model."""
-
-    def __init__(self) -> None:
-        self.last = time.monotonic()
-
-    def update(self, done: int, total: int, what: str) -> None:
-        now = time.monotonic()
-        if now - self.last >= _LOG_SECONDS or done == total:
-            self.last = now
-            print(f"calibrating {done}/{total}: {what}", file=sys.stderr, flush=True)
-
-
-def plan_facts(plan: Plan) -> dict[str, Any]:
-    """The plan, JSON-able."""
-    return {
-        "architecture": plan.architecture.class_name,
-        "save_format": plan.save_format,
-        "dtype": plan.dtype,
-        "bytes_in": plan.checkpoint.nbytes,
-        "bytes_out": bytes_out(plan),
-        "expected_memory": expected_memory(plan),
-        "notes": list(plan.notes),
-        "layers": [
-            {
-                "name": layer.path,
-                "kind": layer.module.kind,
-                "shape": list(layer.module.shape),
-                "rank": layer.rank,
-                "scaling": layer.scaling,
-                **layer.spec.to_dict(),
-                "bytes_in": layer.entry.nbytes,
-                "bytes_out": plan.layer_bytes(layer),
-                "adapter_bytes": adapter_bytes(plan, layer),
-            }
-            for layer in plan.layers
-        ],
-    }
+def _describe(layer: LayerReport) -> str:
+    return f"{layer.name}: {layer.error_plain:.4f} -> {layer.error:.4f}"
 
 
 def run_facts(report: RunReport) -> dict[str, Any]:
@@ -272,111 +245,6 @@ def run_facts(report: RunReport) -> dict[str, Any]:
     values = report.to_json()
     del values["layers"]
     return values
-
-
-def bytes_out(plan: Plan) -> int:
-    """Bytes of the weight files to come."""
-    rest = sum(plan.rest_bytes(entry) for entry in plan.rest)
-    return rest + sum(plan.layer_bytes(layer) for layer in plan.layers)
-
-
-def adapter_bytes(plan: Plan, *layers: LayerPlan) -> int:
-    """Bytes of the adapter's factors of the given layers."""
-    element = DTYPE_BITS[STORED_DTYPE[plan.options.adapter_dtype]] // 8
-    return sum(layer.factor_bytes(element) for layer in layers)
-
-
-def expected_memory(plan: Plan) -> int:
-    """Bytes of resident memory that a run on the CPU will take at most, from measurements; see benchmarks."""
-    return 700_000_000 + 24 * plan.largest.numel
-
-
-def plan_table(plan: Plan) -> Table:
-    """The plan by kind of layer, with sizes."""
-    title = f"{plan.architecture.class_name}: {len(plan.layers)} layers to quantise"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, collapse_padding=True)
-    for name in ("layers", "shape", "format", "rank", "scaling", "size", "becomes", "adapter"):
-        table.add_column(name, justify="left" if name in ("layers", "format") else "right")
-    counts: Counter[tuple[Any, ...]] = Counter()
-    before: Counter[tuple[Any, ...]] = Counter()
-    after: Counter[tuple[Any, ...]] = Counter()
-    factors: Counter[tuple[Any, ...]] = Counter()
-    for layer in plan.layers:
-        width = human_width(layer.spec)
-        name = ".".join("*" if part.isdecimal() else part for part in layer.path.split("."))
-        shape = "x".join(map(str, layer.module.shape))
-        key = (name, shape, width, str(layer.rank or "-"), f"{layer.scaling:g}" if layer.rank else "-")
-        counts[key] += 1
-        before[key] += layer.entry.nbytes
-        after[key] += plan.layer_bytes(layer)
-        factors[key] += adapter_bytes(plan, layer)
-    for (name, *cells), count in counts.items():
-        key = (name, *cells)
-        sizes = before[key], after[key], factors[key]
-        table.add_row(Text(f"{count} x {name}"), *cells, *map(human_bytes, sizes))
-    sizes = plan.checkpoint.nbytes, bytes_out(plan), adapter_bytes(plan, *plan.layers)
-    total = map(human_bytes, sizes)
-    table.add_row(Text("whole model", style="bold"), "", f"{plan.save_format}, {plan.dtype}", "", "", *total)
-    memory = human_bytes(expected_memory(plan))
-    table.caption = f"largest layer {plan.largest.path}; expected peak memory on a CPU {memory}"
-    table.caption_justify = "left"
-    return table
-
-
-@contextmanager
-def _progress(plan: Plan, *, quiet: bool, as_json: bool) -> Iterator[Any]:
-    """What to call after each layer: JSON lines, a bar on a terminal, or a line now and then."""
-    if as_json:
-        yield lambda layer, kept: common.emit(dumps({"event": "layer", "kept": kept} | layer.to_json()))
-    elif quiet:
-        yield None
-    elif sys.stderr.isatty():
-        with _bar(plan) as update:
-            yield update
-    else:
-        yield _Log(len(plan.layers)).update
-
-
-@contextmanager
-def _bar(plan: Plan) -> Iterator[Any]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=common.console(sys.stderr), transient=True) as progress:
-        task = progress.add_task("reading", total=len(plan.layers))
-
-        def update(layer: LayerReport, kept: bool) -> None:
-            text = f"{layer.name} {layer.error_plain:.4f} -> {layer.error:.4f}"
-            progress.update(task, advance=1, description=f"{text} (kept)" if kept else text)
-
-        yield update
-
-
-class _Log:
-    """A line of progress at most every few seconds, for log files."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.kept = total, 0, 0
-        self.began = self.last = time.monotonic()
-
-    def update(self, layer: LayerReport, kept: bool) -> None:
-        self.done += 1
-        self.kept += kept
-        now = time.monotonic()
-        if now - self.last < _LOG_SECONDS or kept:
-            return
-        self.last = now
-        left = (now - self.began) / (self.done - self.kept) * (self.total - self.done)
-        print(
-            f"{self.done}/{self.total} {layer.name}: {layer.error_plain:.4f} -> {layer.error:.4f}, "
-            f"about {human_seconds(left)} left",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def next_steps(out: Path, plan: Plan, report: RunReport) -> str:

@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from qlora_engine.cli import common
+from qlora_engine.cli.progress import progress
 from qlora_engine.merge_plan import MergeOptions, MergePlan
-from qlora_engine.merge_worker import MergedLayer
 from qlora_engine.report import dumps
 from qlora_engine.report_table import human_bytes, human_seconds
 
-_LOG_SECONDS = 10.0  # between lines of progress where there is no terminal
 _state: dict[str, Path] = {}
 
 
 def how_to_go_on() -> str:
     """What to add to an error once work has been kept."""
-    from qlora_engine.workspace import RUN_FILE, Workspace
-
-    out = _state.get("out")
-    if out is None:
-        return ""
-    root = Workspace.folder_for(Path(os.path.realpath(out)))
-    kept = os.path.exists(root / RUN_FILE)  # where Path.exists raises, for a name that is too long, False
-    return f"; finished files are kept in {root}, --resume goes on" if kept else ""
+    return common.kept_work(_state.get("out"), "files")
 
 
 def execute(base: str, adapter: str, out: Path, given: dict[str, Any]) -> int:
@@ -65,8 +52,8 @@ def execute(base: str, adapter: str, out: Path, given: dict[str, Any]) -> int:
         screen.print(Text(describe(plan)), soft_wrap=True)
         return 0
     _state["out"] = out
-    with _progress(plan, quiet=quiet, as_json=as_json) as progress:
-        report = run_merge(plan, out, overwrite=given["overwrite"], resume=given["resume"], progress=progress)
+    with progress(merged_jobs(plan), lambda layer: layer.name, quiet=quiet, as_json=as_json) as update:
+        report = run_merge(plan, out, overwrite=given["overwrite"], resume=given["resume"], progress=update)
     if broken := [layer.name for layer in report.layers if not math.isfinite(layer.delta)]:
         print(
             f"warning: {len(broken)} merged weights are not finite, first '{common.one_line(broken[0])}'; "
@@ -132,52 +119,10 @@ def summary(out: Path, plan: MergePlan, report: Any) -> str:
     if survived:
         errors = [layer.error for layer in report.layers if layer.error is not None]
         lines.append(
-            f"Requantising added an error of {100 * sum(errors) / len(errors):.2f} % of the weights; of "
-            "the adapter's "
-            f"change {100 * min(survived):.0f} to {100 * max(survived):.0f} % survived "
+            f"Requantising added an error of {100 * sum(errors) / len(errors):.2f} % of the weights; of the "
+            f"adapter's change {100 * min(survived):.0f} to {100 * max(survived):.0f} % survived "
             f"(mean {100 * sum(survived) / len(survived):.0f} %)"
         )
     loader = "qlora_engine.from_pretrained" if report.save_format == "native" else "transformers"
     lines.append(f"Wrote {out}; {loader} loads it")
     return "\n".join(lines)
-
-
-@contextmanager
-def _progress(plan: MergePlan, *, quiet: bool, as_json: bool) -> Iterator[Any]:
-    """What to call after each merged weight: JSON lines, a bar on a terminal, or a line now and then."""
-    if as_json:
-        yield lambda layer, kept: common.emit(dumps({"event": "layer", "kept": kept} | layer.to_json()))
-    elif quiet:
-        yield None
-    elif sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=common.console(sys.stderr), transient=True) as bar:
-            task = bar.add_task("reading", total=merged_jobs(plan))
-
-            def update(layer: MergedLayer, kept: bool) -> None:
-                bar.update(task, advance=1, description=f"{layer.name}{' (kept)' if kept else ''}")
-
-            yield update
-    else:
-        yield _Log(merged_jobs(plan)).update
-
-
-class _Log:
-    """A line of progress at most every few seconds, for log files."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
-        self.last = time.monotonic()
-
-    def update(self, layer: MergedLayer, kept: bool) -> None:
-        self.done += 1
-        now = time.monotonic()
-        if now - self.last >= _LOG_SECONDS and not kept:
-            self.last = now
-            print(f"{self.done}/{self.total} {layer.name}", file=sys.stderr, flush=True)
