@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quant import QuantSpec
-from quant.bnb_format import why_not_bnb
+from quant.bnb_format import misread_on_cpu, why_not_bnb
 
 from .architecture import Architecture, Home, ModuleInfo
 from .checkpoint import Checkpoint, natural_order
@@ -331,14 +331,13 @@ def make_plan(checkpoint: Checkpoint, architecture: Architecture, options: InitO
 
 
 def _misread_note(layers: Sequence[LayerPlan]) -> list[str]:
-    """bitsandbytes' CPU kernels start a new block at each row of 16 n elements (measured with 0.50.2)."""
-    wrong = [ly for ly in layers if ly.module.shape[1] % 16 == 0 and ly.module.shape[1] % ly.spec.block_size]
+    wrong = [layer for layer in layers if misread_on_cpu(layer.spec, layer.module.shape)]
     if not wrong:
         return []
     return [
         f"{len(wrong)} layers have rows that are no multiple of their block, e.g. '{wrong[0].path}': "
-        "bitsandbytes reads them wrongly on a CPU (not on a GPU); a --block-size that divides "
-        f"{wrong[0].module.shape[1]} avoids it"
+        "bitsandbytes reads them wrongly on a CPU with AVX-512 (not on others, nor on a GPU); a --block-size "
+        f"that divides {wrong[0].module.shape[1]} avoids it"
     ]
 
 

@@ -46,12 +46,13 @@ def why_not_bnb(spec: QuantSpec) -> str | None:
 
 
 def misread_on_cpu(spec: QuantSpec, shape: torch.Size | tuple[int, ...]) -> bool:
-    """Whether bitsandbytes 0.50.2 may decode such a weight wrongly on a CPU with AVX512.
+    """Whether bitsandbytes 0.50.2 decodes such a weight wrongly on a CPU with AVX-512.
 
-    Its kernel takes every row to start a block, so rows (the last dimension) must be a multiple of the block
-    size; otherwise all rows but the first get other blocks' scales. Its CUDA kernels are right.
+    Its kernel takes rows of 16 n elements, and every row to start a block: where the block size does not
+    divide the row (the last dimension), all rows but the first get other blocks' scales. Other rows, other
+    CPUs and GPUs have kernels that are right.
     """
-    return len(shape) > 1 and shape[-1] % spec.block_size != 0
+    return len(shape) > 1 and shape[-1] % 16 == 0 and shape[-1] % spec.block_size != 0
 
 
 def to_bnb(name: str, q: QuantizedTensor) -> dict[str, Tensor]:

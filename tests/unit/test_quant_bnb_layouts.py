@@ -67,7 +67,8 @@ def test_block_sizes() -> None:
         ((4, 96), True),
         ((96,), False),
         ((3, 4, 128), False),
-        ((3, 4, 65), True),
+        ((3, 4, 65), False),
+        ((3, 4, 80), True),
         ((4, 32), True),
     ],
 )
