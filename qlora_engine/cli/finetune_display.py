@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from qlora_engine.cli import common
-from qlora_engine.files import read_json_object
 
 
 class Display:
@@ -26,7 +26,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line for people."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def _emit(self, kind: str, values: dict[str, Any]) -> None:
         if self.as_json and not self.silent:
@@ -66,7 +66,7 @@ class Display:
         """What came out, and how to go on."""
         self._emit("outcome", dataclasses.asdict(outcome))
         for note in outcome.notes:
-            self.console.print(f"note: {note}", markup=False)
+            self.console.print(f"note: {note}", markup=False, soft_wrap=True)
         if outcome.losses:
             first, last = outcome.losses[0][1], outcome.losses[-1][1]
             self.console.print(
@@ -75,13 +75,7 @@ class Display:
                 markup=False,
             )
         if outcome.sample is not None:
-            self.console.print(f"sample: {outcome.sample}", markup=False)
+            self.console.print(f"sample: {outcome.sample}", markup=False, soft_wrap=True)
         if not self.silent:  # other processes may come here before the adapter is written
-            self.console.print(f"adapter: {output}\nnext: {_next(output, model)}", markup=False)
-
-
-def _next(adapter: Path, model: str) -> str:
-    """What merges the adapter: the command, which knows modules but no stacked experts, or Python."""
-    if not read_json_object(adapter / "adapter_config.json").get("target_parameters"):
-        return f"qlora-merge {model} {adapter} merged/"
-    return "in Python, PeftModel.from_pretrained(model, adapter).merge_and_unload(), for stacked experts"
+            merge = shlex.join(["qlora-merge", model, str(output), "MERGED"])
+            self.console.print(f"adapter: {output}\nnext: {merge}", markup=False, soft_wrap=True)

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -218,16 +219,14 @@ def test_the_time_left_is_of_this_session(
     assert left == ["90 s left", "80 s left"]
 
 
-@pytest.mark.parametrize("parameters", [None, ["gate_up_proj"]])
-def test_what_is_said_to_come_next_works(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, parameters: list[str] | None
-) -> None:
+def test_what_is_said_to_come_next_can_be_copied(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """On one line however long the paths are, and quoted; also of adapters on experts, which it merges."""
     from qlora_engine.cli.finetune_display import Display
     from qlora_engine.training.outcome import Outcome
 
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"target_parameters": parameters}))
+    output = tmp_path / ("long " * 40).strip()
     outcome = Outcome(0, [], [], 1.0, 0.0, 0, "full")
-    Display(quiet=False, as_json=False).outcome(outcome, tmp_path, "base")
-    told = capsys.readouterr().err
-    assert ("next: qlora-merge base" in told) == (parameters is None)
-    assert ("merge_and_unload" in told) == (parameters is not None)
+    Display(quiet=False, as_json=False).outcome(outcome, output, "my base")
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("next: ")
+    assert shlex.split(told.removeprefix("next: ")) == ["qlora-merge", "my base", str(output), "MERGED"]
