@@ -101,6 +101,23 @@ def test_links_lead_somewhere() -> None:
                 assert (ROOT / target).exists(), f"{document}: {target}"
 
 
+def test_files_in_the_picture_exist() -> None:
+    """Every file and folder of the README's "How it is built", below the folder that it stands under."""
+    (picture,) = (block for block in _blocks("README.md", "text") if block.startswith("quant/ "))
+    folder, found = ROOT, 0
+    for line in picture.splitlines():
+        names = re.match(r" *((?:[\w*]+(?:\.py|/) ?)+)", line)
+        assert names, line
+        if not line.startswith(" "):
+            folder = ROOT
+        for name in names[1].split():
+            assert list(folder.glob(name)), line
+            found += 1
+        if not line.startswith(" "):
+            folder = ROOT / names[1].strip()
+    assert found > 20
+
+
 def test_no_machine_is_named() -> None:
     """Documents and scripts hold for every machine: no absolute path of one, no host of a package index."""
     files = [ROOT / name for name in (*DOCUMENTS, "CHANGELOG.md", "pyproject.toml", ".ci/run")]
