@@ -15,6 +15,7 @@ from .config import LoraConfig
 from .errors import InputError
 from .files import read_json_object
 from .fingerprint import FINGERPRINT_FILE
+from .peft_layout import check_stack, release_of_stacks
 from .safetensors_io import TensorEntry, read_header
 from .targets import pattern_value
 
@@ -258,6 +259,8 @@ def _parameter_part(
     rank = pattern_value(config.rank_pattern, name, config.r, field_name="rank_pattern")
     alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha, field_name="alpha_pattern")
     experts = shape[0] if len(shape) == 3 else 0
+    if experts:
+        check_stack(release_of_stacks(config), name, in_out)
     out_features, in_features = reversed(shape[-2:]) if in_out else shape[-2:]
     total = rank * max(experts, 1)
     expected = ((total, in_features), (out_features, total))

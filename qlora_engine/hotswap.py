@@ -17,6 +17,7 @@ from .adapter_state import load_peft_weights
 from .adapters import lora_layers, tuner_layers, wrappers
 from .config import LoraConfig, PeftConfig
 from .lora_layer import LoraLayer
+from .peft_layout import check_stacks, release_of_stacks
 from .targets import pattern_value
 
 # What the weights do not say, by type of adapter.
@@ -71,6 +72,7 @@ def hotswap_adapter(
     _check_types(_type(old), new_type)
     config = LoraConfig.from_pretrained(model_name_or_path, **hub)
     check_hotswap_configs_compatible(old, config)
+    check_stacks(model, adapter_name, release_of_stacks(config))
     tensors = load_peft_weights(model_name_or_path, device=torch_device, **hub)
     named = {insert_adapter_name(key, adapter_name): tensor for key, tensor in tensors.items()}
     hotswap_adapter_from_state_dict(model, named, adapter_name, config)

@@ -15,6 +15,7 @@ from .adapter_state import load_peft_weights, set_peft_model_state_dict
 from .base_match import differences
 from .config import PEFT_TYPE_TO_PREFIX_MAPPING, LoraConfig, PeftConfig
 from .fingerprint import FINGERPRINT_FILE, Fingerprint
+from .peft_layout import check_stacks, release_of_stacks
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel
@@ -111,7 +112,8 @@ class AdapterFiles:
             kwargs: ``torch_device``, ``subfolder``, ``revision``, ``token``, ``cache_dir`` ...
 
         Raises:
-            ValueError: ``config`` is no PeftConfig, or the files are missing.
+            ValueError: ``config`` is no PeftConfig, the files are missing, or an older PEFT ordered the
+                factors of experts otherwise.
         """
         if config is None:
             loaded = _load_config(model_id, kwargs)
@@ -125,6 +127,7 @@ class AdapterFiles:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", {})
         from .peft_tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
+        release = release_of_stacks(loaded)
         target: Any = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(loaded.task_type, cls)
         peft_model: PeftModel = target(
             model,
@@ -133,6 +136,7 @@ class AdapterFiles:
             autocast_adapter_dtype=autocast_adapter_dtype,
             low_cpu_mem_usage=low_cpu_mem_usage,
         )
+        check_stacks(peft_model, adapter_name, release)
         result = peft_model.load_adapter(
             model_id,
             adapter_name,
@@ -182,13 +186,15 @@ class AdapterFiles:
             A named tuple of ``missing_keys`` (of this adapter) and ``unexpected_keys``.
 
         Raises:
-            ValueError: the files are missing, or the config does not fit.
+            ValueError: the files are missing, the config does not fit, or an older PEFT ordered the
+                factors of experts otherwise.
             RuntimeError: a tensor of another shape.
         """
         hub_kwargs, kwargs = self._split_kwargs(kwargs)
         added = adapter_name not in self.peft_config
         if added:
             config = _load_config(model_id, hub_kwargs)
+            release = release_of_stacks(config)
             self._check_new_adapter_config(config, is_trainable=is_trainable)
             config.inference_mode = not is_trainable
             self.add_adapter(
@@ -200,6 +206,8 @@ class AdapterFiles:
             if is_trainable:
                 self.set_requires_grad(adapter_name)
         try:
+            if added:
+                check_stacks(self, adapter_name, release)
             tensors = load_peft_weights(model_id, device=torch_device, key_mapping=key_mapping, **hub_kwargs)
             result = set_peft_model_state_dict(
                 self,

@@ -35,6 +35,7 @@ from qlora_engine.loading import (
 )
 from qlora_engine.lora_layer import LoraLayer
 from qlora_engine.partial_model import PartialModel
+from qlora_engine.peft_layout import check_stacks, release_of_stacks
 from qlora_engine.safetensors_io import DenseTensor
 from quant.linear import QuantizedModule
 
@@ -109,7 +110,9 @@ def load_sharded(
     in_layers = [places[id(layer)] + "." for layer in layers]
 
     config.base_model_name_or_path = base.name_or_path or str(folder)
+    release = None if adapter is None else release_of_stacks(config)
     model = get_peft_model(base, config)
+    check_stacks(model, "default", release)
     _fill_adapter(model, adapter, seed)
     made_for = _fingerprint(adapter)
     digests: dict[str, str] = {}

@@ -20,6 +20,7 @@ from quant.experts import QuantExperts
 from quant.tensor import quantize
 from tests.cli.command import files, invoke
 from tests.cli.test_loftq_init_propagate import run_in_child
+from tests.parity.releases import since
 
 IDS = torch.arange(1, 25).reshape(2, 12)
 
@@ -256,15 +257,22 @@ def effective(folder: Path) -> dict[str, torch.Tensor]:
     return {n: p.detach() for n, p in merged.named_parameters() if p.dim() == 3}
 
 
-@pytest.mark.parametrize(("name", "rslora"), [("mixtral", False), ("gpt_oss", True)])
-def test_adapters_of_experts_are_loftq_on_each(name: str, rslora: bool, mixture: Any, tmp_path: Path) -> None:
+def adapted_experts(base: Path, out: Path, scaling: str) -> None:
+    given = ("--bits", 3, "--rank", 4, "--alpha", 10, scaling, "--device", "cpu", "--verify")
+    given += ("--target-parameters", "gate_up_proj,experts.down_proj", "--rank-pattern", "down_proj=6")
+    done = invoke(base, out, *given, "--target-modules", "q_proj")
+    assert done.code == 0, done.err
+
+
+EACH = pytest.mark.parametrize(("name", "scaling"), [("mixtral", "--no-rslora"), ("gpt_oss", "--rslora")])
+
+
+@EACH
+def test_adapters_of_experts_are_loftq_on_each(name: str, scaling: str, mixture: Any, tmp_path: Path) -> None:
     from qlora_engine.inits import initialise
 
     base, out = mixture(name), tmp_path / "out"
-    given = ("--bits", 3, "--rank", 4, "--alpha", 10, "--device", "cpu", "--verify")
-    given += ("--target-parameters", "gate_up_proj,experts.down_proj", "--rank-pattern", "down_proj=6")
-    done = invoke(base, out, *given, "--rslora" if rslora else "--no-rslora", "--target-modules", "q_proj")
-    assert done.code == 0, done.err
+    adapted_experts(base, out, scaling)
     report = {layer.name: layer for layer in RunReport.read(out).layers}
     weights, solved = dict(dense(base).named_parameters()), effective(out)
     assert len(solved) == 4
@@ -281,14 +289,7 @@ def test_adapters_of_experts_are_loftq_on_each(name: str, rslora: bool, mixture:
             assert error == pytest.approx(best.error, rel=1e-3)
             assert error == pytest.approx(layer.error, rel=1e-3)
             assert error < 0.95 * layer.error_plain
-    # PEFT reads the adapter onto the dense model: names, shapes and scaling are its own
-    peft = pytest.importorskip("peft")
-    theirs = peft.PeftModel.from_pretrained(dense(base), out / "loftq_init").merge_and_unload()
-    model = qe.from_pretrained(out, dtype=torch.float32)
-    for path, stack in stacks(model).items():
-        delta = theirs.get_parameter(path) - weights[path]
-        torch.testing.assert_close(stack.dense() + delta, solved[path], rtol=1e-4, atol=1e-5)
-    # and qlora-merge puts it into a dense model
+    # qlora-merge puts it into a dense model
     from tests.cli.test_merge import done as fine
     from tests.cli.test_merge import invoke as merge
 
@@ -296,6 +297,22 @@ def test_adapters_of_experts_are_loftq_on_each(name: str, rslora: bool, mixture:
     merged = dict(dense(tmp_path / "merged").named_parameters())
     for path, values in solved.items():
         torch.testing.assert_close(merged[path], values, rtol=1e-4, atol=1e-5)
+
+
+@EACH
+@since("0.20", "the factors of stacks lie otherwise")
+def test_peft_reads_adapters_of_experts(name: str, scaling: str, mixture: Any, tmp_path: Path) -> None:
+    """Onto the dense model: names, shapes and scaling are its own."""
+    peft = pytest.importorskip("peft")
+    base, out = mixture(name), tmp_path / "out"
+    adapted_experts(base, out, scaling)
+    weights, solved = dict(dense(base).named_parameters()), effective(out)
+    theirs = peft.PeftModel.from_pretrained(dense(base), out / "loftq_init").merge_and_unload()
+    model = qe.from_pretrained(out, dtype=torch.float32)
+    assert len(stacks(model)) == 4
+    for path, stack in stacks(model).items():
+        delta = theirs.get_parameter(path) - weights[path]
+        torch.testing.assert_close(stack.dense() + delta, solved[path], rtol=1e-4, atol=1e-5)
 
 
 def test_experts_are_solved_in_the_metric_of_the_tokens_that_reach_them(
