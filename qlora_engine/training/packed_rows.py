@@ -19,6 +19,9 @@ from torch import Tensor
 BY_BEGINNINGS = "packed_rows"  # the name of ``attend`` among transformers' attentions
 _ALIGNED = 16  # elements; attention kernels copy a mask whose rows are not
 _CAPABILITY = (8, 0)  # of a GPU, for flash attention
+# Of the difference that a row before makes to a row's logits: what rounding may leave of it. SmolLM2 packed
+# in float32, float16, bfloat16: 0, .01, .02; with rows that see each other 1.1 to 1.3.
+_APART = 0.2
 
 
 def packed_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -217,6 +220,7 @@ def _takes_for_mask(model: Any, make: Callable[[Tensor], Tensor], *, trains: boo
     try:
         want = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         alone = model(input_ids=ids[:, 5:], use_cache=False).logits
+        mixed = model(input_ids=ids, use_cache=False).logits
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": make(positions)}
         got = model(**inputs, use_cache=False).logits
         if trains:
@@ -227,5 +231,16 @@ def _takes_for_mask(model: Any, make: Callable[[Tensor], Tensor], *, trains: boo
         return False
     finally:
         model.train(training)
-    within = 1e-2 * float(want.abs().max())
-    return all(torch.allclose(a, b, rtol=1e-2, atol=within) for a, b in ((got, want), (got[:, 5:], alone)))
+    return apart(got, want, mixed) and apart(got[:, 5:], alone, mixed[:, 5:])
+
+
+def apart(got: Tensor, alone: Tensor, mixed: Tensor) -> bool:
+    """Whether logits are those of rows that are kept apart, up to rounding.
+
+    Args:
+        got: Logits (rows, tokens, vocabulary).
+        alone: What they should be.
+        mixed: What they would be if rows saw each other.
+    """
+    left, whole = (got.float() - alone.float()).norm(), (mixed.float() - alone.float()).norm()
+    return bool(left <= _APART * whole)

@@ -19,9 +19,18 @@ from qlora_engine.errors import InputError
 from quant.linear import QuantizedModule
 
 from .loss import in_one_kernel, loss_bytes
-from .packed_rows import attends_by_beginnings, mask_bytes, takes_packed_mask
+from .packed_rows import (
+    attends_by_beginnings,
+    attention_dtype,
+    mask_bytes,
+    packed_mask,
+    row_beginnings,
+    takes_packed_mask,
+)
 
-_PROBE_TOKENS = 128  # what a layer keeps is proportional to tokens; measured on so many
+# What a layer keeps is proportional to tokens; measured on so many, which is no head's size, so that a mask
+# is known by its shape.
+_PROBE_TOKENS = 124
 LOSS_NAMES = {"liger": "liger-kernel", "chunked": "in chunks", "": "full logits"}
 MARGIN = 0.92  # of the memory: the rest is for fragmentation and library workspaces
 
@@ -167,7 +176,11 @@ def plan(
     device = next(model.parameters()).device
     available = available_memory(device) if available is None else available
     tokens = batch_size * length
-    kept, passed_on = _measure(model, layers, min(length, _PROBE_TOKENS)) if layers else (0.0, 0.0)
+    by_mask = packed is not None and bool(loss_function)
+    by_beginnings = by_mask and attends_by_beginnings(unwrapped(model))
+    one_mask = by_mask and not by_beginnings and takes_packed_mask(unwrapped(model))
+    probe = _probe(model, min(length, _PROBE_TOKENS), packed is not None, by_beginnings, one_mask)
+    kept, passed_on = _measure(model, layers, probe) if layers else (0.0, 0.0)
     frozen = sum(local(t).nbytes for t in [*model.parameters(), *model.buffers()] if not t.requires_grad)
     trained = [local(p) for p in model.parameters() if p.requires_grad]
     adapter = sum(2 * p.nbytes + optimizer_bytes * p.numel() for p in trained)
@@ -190,9 +203,7 @@ def plan(
             (sum(p.numel() * p.element_size() for p in ly.parameters()) for ly in layers), default=0
         )
     passed_on = 0.0 if inputs_on_host else passed_on
-    one_mask = packed is not None and bool(loss_function) and takes_packed_mask(unwrapped(model))
-    no_mask = packed is None or (bool(loss_function) and attends_by_beginnings(unwrapped(model)))
-    mask = 0 if packed is None or no_mask else mask_bytes(batch_size, length, packed)
+    mask = 0 if packed is None or by_beginnings else mask_bytes(batch_size, length, packed)
 
     def with_recomputed(count: int) -> MemoryPlan:
         activations = tokens * (kept * (len(layers) - count) + passed_on * count + kept * (count > 0))
@@ -262,10 +273,28 @@ def is_sharded(model: nn.Module) -> bool:
     return any(local(parameter) is not parameter for parameter in model.parameters())
 
 
-def _measure(model: nn.Module, layers: list[nn.Module], tokens: int) -> tuple[float, float]:
+def _probe(
+    model: nn.Module, tokens: int, packed: bool, by_beginnings: bool, one_mask: bool
+) -> dict[str, Tensor]:
+    """A sequence of so many tokens, as the layers get them: what attention keeps depends on its mask."""
+    device = next(model.parameters()).device
+    inputs = {"input_ids": torch.zeros((1, tokens), dtype=torch.long, device=device)}
+    if not packed:
+        return inputs
+    positions = (torch.arange(tokens) % max(1, tokens // 2))[None]  # two rows
+    if by_beginnings:
+        inputs["attention_mask"] = row_beginnings(positions).to(device)
+    elif one_mask:
+        inputs["attention_mask"] = packed_mask(positions, attention_dtype(unwrapped(model))).to(device)
+    return inputs | {"position_ids": positions.to(device)}
+
+
+def _measure(model: nn.Module, layers: list[nn.Module], probe: dict[str, Tensor]) -> tuple[float, float]:
     """Bytes a token that a decoder layer keeps for backward, and that its input takes; means over the
     layers."""
     own = {local(t).untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    own |= {tensor.untyped_storage().data_ptr() for tensor in probe.values()}  # there once, not in each layer
+    tokens = probe["input_ids"].shape[1]
     sizes: list[int] = []
     inputs: list[int] = []
     stack: list[ExitStack] = []
@@ -276,7 +305,12 @@ def _measure(model: nn.Module, layers: list[nn.Module], tokens: int) -> tuple[fl
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own and tensor.dtype != torch.uint8:  # gathered codes are not kept
+            a_mask = tensor.shape[-2:] == (
+                tokens,
+                tokens,
+            )  # counted apart, it is proportional to their square
+            # and gathered codes are not kept
+            if storage.data_ptr() not in own and tensor.dtype != torch.uint8 and not a_mask:
                 seen[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()  # an output that is saved as it is would hold itself, and the whole graph
 
@@ -297,7 +331,6 @@ def _measure(model: nn.Module, layers: list[nn.Module], tokens: int) -> tuple[fl
     base = unwrapped(model)
     backbone = getattr(base, getattr(base, "base_model_prefix", ""), base)
     embedding = base.get_input_embeddings()
-    ids = torch.zeros((1, tokens), dtype=torch.long, device=device)
     handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
     handles += [layer.register_forward_hook(leave) for layer in layers]
     training = model.training
@@ -310,10 +343,10 @@ def _measure(model: nn.Module, layers: list[nn.Module], tokens: int) -> tuple[fl
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             if is_sharded(model):  # the whole step, so that FSDP's own bookkeeping ends where it began
-                base(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                base(**probe, labels=probe["input_ids"], use_cache=False).loss.backward()
                 model.zero_grad(set_to_none=True)
             else:
-                backbone(input_ids=ids, use_cache=False)
+                backbone(**probe, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -82,7 +82,10 @@ def test_apply_checkpoints_the_last_layers_and_changes_no_gradient(model: Any) -
 
 @pytest.mark.parametrize("of_a_layer", [False, True])
 def test_masks_of_packed_rows_are_counted(of_a_layer: bool, make_model: Any) -> None:
-    """One for all layers; where a model makes its own, one for each not recomputed and for one that is."""
+    """One for all layers; where a model makes its own, one for each not recomputed and for one that is.
+
+    Beside a mask, a layer keeps its two key heads and value heads repeated to four.
+    """
     from qlora_engine import LoraConfig, get_peft_model
 
     base = make_model("llama")
@@ -99,7 +102,9 @@ def test_masks_of_packed_rows_are_counted(of_a_layer: bool, make_model: Any) -> 
     assert any("mask" in line for line in plan(0).lines())
     for count in (0, 1, 2):
         assert plan(count).mask == each * ((2 - count + (count > 0)) if of_a_layer else 1)
-        assert plan(count).total - plan(count, None).total == plan(count).mask
+        more = plan(count).activations - plan(count, None).activations
+        assert more == 2 * 50 * (2 * 2 * 16 * 4) * (2 - count + (count > 0))
+        assert plan(count).total - plan(count, None).total == plan(count).mask + more
         assert plan(count, torch.float32).mask == 2 * plan(count).mask
 
 
