@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,27 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 os.environ["COLUMNS"] = "100"  # tables as wide as where there is no terminal; parallel workers set their own
-if not torch.cuda.is_available():
-    # before anything imports triton: its own library is compiled or interpreted as a whole
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from a run that is not for them (``-m "gpu or kernel"``), so that it is the same everywhere.
+
+    Before anything asks for a GPU, and before anything imports triton, whose own library is compiled or
+    interpreted as a whole.
+    """
+    if not re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of files that choose a DEVICE: they run on a GPU where the run may see it."""
+    for item in items:
+        if hasattr(getattr(item, "module", None), "DEVICE"):
+            item.add_marker(pytest.mark.kernel)
+
 
 # No deadline: on a busy machine a slow example is not a bug. The same examples at every run, so that a
 # failure is a change's; HYPOTHESIS_RANDOM=1 looks for new ones.

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from qlora_engine.training import loss as module
 from qlora_engine.training.loss import chunked_cross_entropy, use_chunked_loss
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton is interpreted where there is no GPU
+
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("biased", [False, True])
@@ -141,10 +143,9 @@ def test_in_one_kernel_the_same(
     pytest.importorskip("triton")
     monkeypatch.setattr(module, "CHUNK_ROWS", 16)
     generator = torch.Generator().manual_seed(4)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    hidden = torch.randn(40, 12, generator=generator).to(device, dtype).requires_grad_()
-    weight, bias = (torch.randn(*s, generator=generator).to(device, dtype) for s in ((50, 12), (50,)))
-    targets = torch.randint(50, (40,), generator=generator).to(device)
+    hidden = torch.randn(40, 12, generator=generator).to(DEVICE, dtype).requires_grad_()
+    weight, bias = (torch.randn(*s, generator=generator).to(DEVICE, dtype) for s in ((50, 12), (50,)))
+    targets = torch.randint(50, (40,), generator=generator).to(DEVICE)
     targets[3::4] = -100
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
