@@ -95,8 +95,12 @@ class DiskAdapter:
     unplaced: dict[str, dict[str, TensorEntry]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path) -> DiskAdapter:
+    def open(cls, folder: Path, *, to_merge: bool = True) -> DiskAdapter:
         """Read the config and the header; no tensor.
+
+        Args:
+            folder: Holds PEFT's two files.
+            to_merge: Refuse an adapter whose initialisation changed the base.
 
         Raises:
             InputError: not an adapter folder, a broken file, or an adapter that cannot be merged on disk.
@@ -116,6 +120,8 @@ class DiskAdapter:
             if not is_inside(file, folder):
                 raise InputError(f"{file} is a link to {file.resolve()}, outside the folder; copy the file")
         config = _read_config(folder)
+        if to_merge:
+            _check_base_is_the_original(folder, config)
         tensors = read_header(weights)[0]
         modules: dict[str, dict[str, TensorEntry]] = {}
         replaced: dict[str, TensorEntry] = {}
@@ -206,23 +212,29 @@ def _read_config(folder: Path) -> LoraConfig:
     values = read_json_object(folder / CONFIG_FILE, strict=True)
     kind = values.get("peft_type")
     if kind != "LORA":
-        raise InputError(f"{folder / CONFIG_FILE}: peft_type is {kind!r}; only LORA can be merged")
+        raise InputError(f"{folder / CONFIG_FILE}: peft_type is {kind!r}; only LORA is known here")
     try:
         config: LoraConfig = LoraConfig.from_pretrained(folder)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
     _check_types(folder / CONFIG_FILE, config)
+    return config
+
+
+def _check_base_is_the_original(folder: Path, config: LoraConfig) -> None:
     init = str(config.init_lora_weights).lower()
     if init.startswith(_CHANGES_BASE):
         raise InputError(
             f"{folder} was initialised by {init}, which changed its base; save it with "
             "path_initial_model_for_weight_conversion first, which makes it an adapter for the original base"
         )
-    return config
 
 
 def _check_types(path: Path, config: LoraConfig) -> None:
-    """The values that merging computes with; the dataclass takes anything."""
+    """The values that merging and training compute with; the dataclass takes anything."""
+    dropout = config.lora_dropout
+    if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
+        raise InputError(f"{path}: lora_dropout is {dropout!r:.60}, not a number in [0, 1)")
     names = config.target_parameters or []
     if not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: target_parameters is {names!r:.60}, not a list of names")

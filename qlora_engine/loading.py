@@ -26,7 +26,7 @@ from .architecture import read_architecture
 from .base_weight import is_conv1d
 from .checkpoint import Checkpoint
 from .compute import set_compute
-from .errors import InputError
+from .errors import InputError, in_short
 from .expert_stack import ExpertPlace, place_of, put_layer, settle_experts
 from .hub import find_model
 from .partial_model import PartialModel
@@ -68,7 +68,13 @@ def from_pretrained(
     settings = checkpoint.config.get("quantization_config")
     if settings is None:
         known = read_architecture(folder, checkpoint.config, trust_remote_code=trust_remote_code)
-        model = type(known._model).from_pretrained(folder, dtype=wanted, trust_remote_code=trust_remote_code)
+        kind = type(known._model)
+        try:
+            model = kind.from_pretrained(folder, dtype=wanted, trust_remote_code=trust_remote_code)
+        except RuntimeError as error:  # transformers': tensors of other shapes than config.json calls for
+            raise InputError(
+                f"{folder} does not hold what its config.json says: {in_short(error)}"
+            ) from error
     else:
         model = _quantised(folder, checkpoint, settings, wanted, trust_remote_code)
     model = model.eval() if device is None else model.eval().to(device)

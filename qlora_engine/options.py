@@ -19,6 +19,7 @@ from .lowrank import SVD_METHODS
 FORMAT_OF_BITS = {2: "nf2", 3: "nf3", 4: "nf4", 8: "int8"}
 SAVE_FORMATS = ("auto", "bnb", "native", "dense")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
+MAX_ALPHA = 1 << 53  # what a file of an adapter may hold, as a number that float32 can multiply with
 
 
 def init_methods() -> list[str]:
@@ -149,9 +150,11 @@ class InitOptions:
                 if (
                     isinstance(alpha, bool)
                     or not isinstance(alpha, (int, float))
-                    or not 0 < alpha < float("inf")
+                    or not 0 < alpha < MAX_ALPHA
                 ):
-                    raise InputError(f"{name} {key and key + '='}{alpha!r}; it must be a positive number")
+                    raise InputError(
+                        f"{name} {key and key + '='}{alpha!r}; it must be a positive number below 2**53"
+                    )
         if isinstance(self.iters, bool) or not isinstance(self.iters, int) or self.iters < 1:
             raise InputError(f"iters {self.iters!r}; it must be an integer of at least 1")
         if not 0 <= self.damping < float("inf"):

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 _CHANGES_BASE = ("pissa", "corda", "olora")
 
 
+class AdapterKeysWarning(UserWarning):
+    """An adapter file lacks tensors that its config asks for, or holds some without a place in the model."""
+
+
 class AdapterFiles:
     """The part of PeftModel that reads and writes adapter folders."""
 
@@ -154,7 +158,13 @@ class AdapterFiles:
                     f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. "
                     "This could be the potential reason for missing adapter keys. " + message
                 )
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, AdapterKeysWarning, stacklevel=2)
+        if result.unexpected_keys:
+            warnings.warn(
+                f"Found adapter keys that have no place in this model: {result.unexpected_keys}.",
+                AdapterKeysWarning,
+                stacklevel=2,
+            )
         return peft_model
 
     def load_adapter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 from qlora_engine import distributed
 from qlora_engine.cli import common
 from qlora_engine.cli.finetune_display import Display
-from qlora_engine.errors import InputError
+from qlora_engine.errors import InputError, in_short
+from qlora_engine.fingerprint import FINGERPRINT_FILE
 from qlora_engine.tokenizer import read_tokenizer
 
 _RANK = 16
@@ -32,19 +34,24 @@ def base_and_adapter(
     """
     from qlora_engine.checkpoint import Checkpoint
     from qlora_engine.hub import find_adapter, find_model
+    from qlora_engine.loading import check_quantised
 
     folder = find_model(name, code=options["trust_remote_code"])
-    if output.exists() and output.samefile(folder):
-        raise InputError(f"--output {output} is the model's own folder; the adapter needs another")
     adapter = None if options["adapter"] is None else find_adapter(options["adapter"])
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
         raise InputError(f"--adapter {adapter}: no adapter_config.json in it")
     solved = folder / "loftq_init"
     if adapter is None and (solved / "adapter_config.json").is_file():
         adapter = solved
+    for taken, whose in ((folder, "model"), (adapter, "adapter")):
+        if taken is not None and output.exists() and output.samefile(taken) and not options["estimate"]:
+            raise InputError(f"--output {output} is the {whose}'s own folder; what is trained needs another")
     settings = Checkpoint.open(folder).config
+    if settings.get("quantization_config") is not None:
+        check_quantised(folder, settings["quantization_config"])
     if settings.get("is_encoder_decoder"):
         raise InputError(f"{folder} is an encoder-decoder; qlora-finetune trains causal language models")
+    read_tokenizer(folder, trust_remote_code=options["trust_remote_code"])  # before a dense one is quantised
     if adapter is not None:
         _refuse(options, ("rank", "alpha", "target_modules"), f"{adapter} is trained, and has its own")
     if adapter is not None or settings.get("quantization_config") is not None:
@@ -58,8 +65,22 @@ def base_and_adapter(
             distributed.barrier()
     else:
         base = output / "base"
+        _check_base(base, options)
         _quantise(folder, base, options, show, method="loftq")
         yield base, base / "loftq_init"
+
+
+def _check_base(base: Path, options: dict[str, Any]) -> None:
+    """Refuse a base that a resumed run has not had, and one in the way that none has made."""
+    made = (base / FINGERPRINT_FILE).is_file()
+    if options["resume"] and not made:
+        raise InputError(
+            f"--resume: {base} is not there: that run's MODEL was another one, already quantised"
+        )
+    if options["overwrite"] and not made and base.is_dir() and any(base.iterdir()):
+        raise InputError(
+            f"{base} was not written by qlora-finetune, and its place is needed; give another --output"
+        )
 
 
 def _refuse(options: dict[str, Any], names: tuple[str, ...], why: str) -> None:
@@ -73,18 +94,16 @@ def _quantise(folder: Path, base: Path, options: dict[str, Any], show: Display, 
     from qlora_engine import pipeline
     from qlora_engine.architecture import read_architecture
     from qlora_engine.checkpoint import Checkpoint
-    from qlora_engine.options import FORMAT_OF_BITS, InitOptions
+    from qlora_engine.options import FORMAT_OF_BITS
     from qlora_engine.plan import make_plan
 
     bits = 4 if options["bits"] is None else options["bits"]
     if bits not in FORMAT_OF_BITS:
         raise InputError(f"--bits {bits}; allowed: {', '.join(map(str, FORMAT_OF_BITS))}")
-    chosen = InitOptions(
+    chosen = _new_adapter(
+        options,
         method=method,
         format=FORMAT_OF_BITS[bits],
-        rank=_RANK if options["rank"] is None else options["rank"],
-        alpha=options["alpha"],
-        target_modules=common.parse_targets("--target-modules", options["target_modules"] or _TARGETS),
         seed=options["seed"],
         trust_remote_code=options["trust_remote_code"],
     )
@@ -97,6 +116,18 @@ def _quantise(folder: Path, base: Path, options: dict[str, Any], show: Display, 
     anew = options["overwrite"]
     device = device_of(options["device"])
     pipeline.run(plan, base, device=device, model=str(folder), overwrite=anew, resume=not anew)
+
+
+def _new_adapter(options: dict[str, Any], **more: Any) -> Any:
+    """What the options say of an adapter that is to be made, checked as loftq-init does."""
+    from qlora_engine.options import InitOptions
+
+    return InitOptions(
+        rank=_RANK if options["rank"] is None else options["rank"],
+        alpha=options["alpha"],
+        target_modules=common.parse_targets("--target-modules", options["target_modules"] or _TARGETS),
+        **more,
+    )
 
 
 def load(folder: Path, adapter: Path | None, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -112,7 +143,8 @@ def load(folder: Path, adapter: Path | None, options: dict[str, Any]) -> tuple[A
     """
     import torch
 
-    from qlora_engine import LoraConfig, PeftModel, get_peft_model
+    from qlora_engine import LoraConfig, get_peft_model
+    from qlora_engine.disk_adapter import DiskAdapter
     from qlora_engine.loading import from_pretrained
     from qlora_engine.training import host
     from qlora_engine.training.settings import precision_of
@@ -124,18 +156,18 @@ def load(folder: Path, adapter: Path | None, options: dict[str, Any]) -> tuple[A
     trust = options["trust_remote_code"]
     tokenizer = read_tokenizer(folder, trust_remote_code=trust)
     if adapter is not None:
-        config = LoraConfig.from_pretrained(str(adapter))
+        config = DiskAdapter.open(adapter, to_merge=False).config
+        if config.lora_alpha == 0:
+            raise InputError(f"{adapter}: lora_alpha is 0; such factors have no effect, and learn nothing")
         config.inference_mode = False
         if folder.parent.name != "snapshots":  # not of the hub's cache: the base is where it lies now
             config.base_model_name_or_path = str(folder)
     else:
-        targets = common.parse_targets("--target-modules", options["target_modules"] or _TARGETS)
-        rank = _RANK if options["rank"] is None else options["rank"]
-        if rank < 1:
-            raise InputError(f"--rank {rank}; it must be at least 1")
+        chosen = _new_adapter(options)
+        targets = chosen.target_modules
         config = LoraConfig(
-            r=rank,
-            lora_alpha=rank if options["alpha"] is None else options["alpha"],
+            r=chosen.rank,
+            lora_alpha=chosen.lora_alpha,
             target_modules=targets if isinstance(targets, str) else list(targets),
             task_type="CAUSAL_LM",
             base_model_name_or_path=str(folder),
@@ -164,10 +196,29 @@ def load(folder: Path, adapter: Path | None, options: dict[str, Any]) -> tuple[A
         )
     if "embedding" in host.parse_offload(options["offload"]):
         host.embedding_to_host(base)  # before anything is on the GPU
-    if adapter is None:
+    if adapter is not None:
+        return _adapted(base.to(device), adapter, config), tokenizer
+    try:
         return get_peft_model(base.to(device), config), tokenizer
-    model = PeftModel.from_pretrained(base.to(device), str(adapter), is_trainable=True, config=config)
-    return model, tokenizer
+    except ValueError as error:
+        raise InputError(f"{folder}: {error}") from error
+
+
+def _adapted(base: Any, adapter: Path, config: Any) -> Any:
+    """The model with an adapter whose every tensor found its place.
+
+    Raises:
+        InputError: the adapter's config or tensors do not fit the model.
+    """
+    from qlora_engine import PeftModel
+    from qlora_engine.peft_files import AdapterKeysWarning
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", AdapterKeysWarning)
+            return PeftModel.from_pretrained(base, str(adapter), is_trainable=True, config=config)
+    except (ValueError, TypeError, KeyError, RuntimeError, AdapterKeysWarning) as error:
+        raise InputError(f"{adapter} does not fit this model: {in_short(error):.300}") from error
 
 
 def device_of(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -23,9 +24,10 @@ def how_to_go_on() -> str:
     from qlora_engine.training.trainer import COMPLETE
 
     folder = _state.get("checkpoints")
-    if folder is None or not any(folder.glob(f"checkpoint-*/{COMPLETE}")):
-        return ""
-    return f"; checkpoints are in {folder}, --resume goes on"
+    with contextlib.suppress(OSError):  # the name may be what was wrong
+        if folder is not None and any(folder.glob(f"checkpoint-*/{COMPLETE}")):
+            return f"; checkpoints are in {folder}, --resume goes on"
+    return ""
 
 
 def run(model_name: str, options: dict[str, Any]) -> None:
@@ -62,23 +64,19 @@ def _alone(output: Path) -> Iterator[None]:
         lock.release(remove=True)
 
 
-def _check_output(output: Path, options: dict[str, Any]) -> None:
-    # A run that was cut off before its settings were written has left nothing to go on from.
-    started = any((output / name).exists() for name in ("checkpoints/settings.json", "adapter_config.json"))
-    if started and not (options["resume"] or options["overwrite"] or options["estimate"]):
-        raise InputError(f"{output} holds a run already; --resume goes on with it, --overwrite begins anew")
-
-
 def _run(model_name: str, options: dict[str, Any], settings: Any) -> None:
     output = settings.output
     if settings.shard and distributed.world().size == 1:
         raise InputError("--shard spreads the model over several processes: start it with torchrun")
     distributed.join(device_of(options["device"]).type)
-    distributed.from_main(lambda: _check_output(output, options))
     from qlora_engine.training import memory
     from qlora_engine.training.data import check_file
+    from qlora_engine.training.output import check_output
     from qlora_engine.training.run import finetune
 
+    if not options["estimate"]:
+        flags = {name: options[name] for name in ("resume", "overwrite")}
+        distributed.from_main(lambda: check_output(output, **flags))
     for path in (settings.data, settings.validation):  # before a dense model is quantised
         if path is not None:
             check_file(path)

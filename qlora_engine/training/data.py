@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import os
 import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qlora_engine.errors import InputError
+from qlora_engine.errors import InputError, in_short
+from qlora_engine.files import no_duplicates
 from qlora_engine.texts import why_no_text
 
 from .packed_rows import row_beginnings
@@ -34,10 +36,17 @@ SUFFIXES = (".jsonl", ".txt")
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a row and, of the same length, the labels: the id where it is trained on, else -100."""
+    """A row as it is trained on.
+
+    Attributes:
+        ids: Token ids.
+        labels: Of the same length: the id where it is trained on, else -100.
+        left_out: Tokens at the end of the row that were beyond ``max_length``.
+    """
 
     ids: list[int]
     labels: list[int]
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class RowEncoder:
         if not isinstance(row, dict):
             raise ValueError(f"expected an object, got {type(row).__name__}")
         if "messages" in row:
-            ids, labels = self._chat(row["messages"])
+            ids, labels = self._chat(row["messages"], row.get("tools"))
         elif "prompt" in row and "completion" in row:
             prompt = self._tokens(row["prompt"], "prompt", special=True)
             answer = [*self._tokens(row["completion"], "completion"), *self._end()]
@@ -87,7 +96,7 @@ class RowEncoder:
             raise ValueError(f"leaves nothing to train on in its first {min(length, most)} tokens{of}")
         if self.vocabulary is not None and max(ids) >= self.vocabulary:
             raise ValueError(f"has the token id {max(ids)}; the model knows {self.vocabulary} tokens")
-        return Example(ids, labels)
+        return Example(ids, labels, max(0, length - most))
 
     def _tokens(self, text: Any, field: str, *, special: bool = False) -> list[int]:
         if not isinstance(text, str):
@@ -102,7 +111,7 @@ class RowEncoder:
         end = self.tokenizer.eos_token_id
         return [] if end is None else [end]
 
-    def _chat(self, messages: Any) -> tuple[list[int], list[int]]:
+    def _chat(self, messages: Any, tools: Any) -> tuple[list[int], list[int]]:
         well_formed = isinstance(messages, list) and all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
             for m in messages
@@ -115,13 +124,13 @@ class RowEncoder:
                     raise ValueError(f"'{field}': {reason}")
         if self.tokenizer.chat_template is None:
             raise ValueError("'messages' need a tokenizer with a chat template; use prompt and completion")
-        ids: list[int] = self._template(messages)
+        ids: list[int] = self._template(messages, tools)
         labels = [IGNORED] * len(ids)
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._template(messages[:i], add_generation_prompt=True) if i else []
-            after = self._template(messages[: i + 1])
+            before = self._template(messages[:i], tools, add_generation_prompt=True) if i else []
+            after = self._template(messages[: i + 1], tools)
             if ids[: len(before)] != before or ids[: len(after)] != after:
                 raise ValueError(
                     "the chat template changes a turn once others follow; use prompt and completion"
@@ -129,11 +138,13 @@ class RowEncoder:
             labels[len(before) : len(after)] = ids[len(before) : len(after)]
         return ids, labels
 
-    def _template(self, messages: Any, **options: Any) -> list[int]:
-        ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)[
-            "input_ids"
-        ]
-        return list(ids)
+    def _template(self, messages: Any, tools: Any, **options: Any) -> list[int]:
+        options |= {} if tools is None else {"tools": tools}
+        try:
+            encoded = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise ValueError(f"the chat template refuses these messages: {in_short(error)}") from error
+        return list(encoded["input_ids"])
 
 
 def check_file(path: Path) -> None:
@@ -144,8 +155,15 @@ def check_file(path: Path) -> None:
     """
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: training data must end in {' or '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give a file of rows")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no ordinary file, and rows are read more than once; copy it into one")
     if not path.is_file():
-        raise InputError(f"no such file: {path}")
+        why = f", which {path} links to" if path.is_symlink() else ""
+        raise InputError(f"no such file: {os.path.realpath(path) if why else path}{why}")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} cannot be read: no permission")
 
 
 class Rows:
@@ -161,6 +179,7 @@ class Rows:
         lengths: Tokens by row.
         skipped: Bad rows that were passed over: (line number, why), the first 20.
         n_skipped: How many there were.
+        n_cut: Rows that are longer than the encoder keeps.
         checksum: CRC-32 of the bytes of all rows in use.
 
     Raises:
@@ -179,7 +198,7 @@ class Rows:
         self.path, self.encode = path, encode
         self.lengths = array("q")
         self.skipped: list[tuple[int, str]] = []
-        self.n_skipped = 0
+        self.n_skipped = self.n_cut = 0
         self.checksum = 0
         self._spans = array("q")  # first byte and length of each row
         size = path.stat().st_size
@@ -198,6 +217,7 @@ class Rows:
             self._spans.extend((start, len(raw)))
             self.checksum = zlib.crc32(raw, self.checksum)
             self.lengths.append(len(example.ids))
+            self.n_cut += example.left_out > 0
             if progress is not None and len(self.lengths) % 200 == 0:
                 progress(start + len(raw), size)
         if not self.lengths:
@@ -218,7 +238,7 @@ class Rows:
         if self.path.suffix == ".txt":
             return {"text": text}
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=no_duplicates)
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"is not JSON: {error}") from error
 

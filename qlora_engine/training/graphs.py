@@ -45,15 +45,24 @@ def enable(model: nn.Module, wanted: str, why_not: str | None = None) -> Graphed
     Raises:
         InputError: "on", and something speaks against it.
     """
-    if wanted == "off":
+    if not can_replay(model, wanted, why_not):
         return None
+    device = next(model.parameters()).device
+    return GraphedLayers(model, lambda: capture_cuda(device))
+
+
+def can_replay(model: nn.Module, wanted: str, why_not: str | None = None) -> bool:
+    """Whether ``enable`` would.
+
+    Raises:
+        InputError: "on", and something speaks against it.
+    """
+    if wanted == "off":
+        return False
     reason = why_not or reason_against(model)
-    if reason is None:
-        device = next(model.parameters()).device
-        return GraphedLayers(model, lambda: capture_cuda(device))
-    if wanted == "on":
+    if reason is not None and wanted == "on":
         raise InputError(f"cuda_graphs={wanted!r}: {reason}; allowed here: auto, off")
-    return None
+    return reason is None
 
 
 def reason_against(model: nn.Module) -> str | None:

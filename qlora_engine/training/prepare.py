@@ -35,6 +35,20 @@ def keeps_packed_rows_apart(model: Any, vocabulary: int) -> bool:
     return apart(packed, alone, mixed)
 
 
+def _about(rows: Rows) -> list[str]:
+    """What is not trained on of a file."""
+    notes = []
+    if rows.n_skipped:
+        line, why = rows.skipped[0]
+        notes.append(f"{rows.path}: {rows.n_skipped} bad rows passed over, the first on line {line}: {why}")
+    if rows.n_cut:
+        most = rows.encode.max_length
+        notes.append(
+            f"{rows.path}: {rows.n_cut} of {len(rows)} rows are longer than {most} tokens, cut there"
+        )
+    return notes
+
+
 def prepare(
     model: Any, tokenizer: Any, settings: Settings, progress: Callable[[int, int], None] | None = None
 ) -> tuple[Sequences, Sequences | None, Collator, list[str]]:
@@ -59,9 +73,7 @@ def prepare(
     )
     if settings.packing == "on" and not packed:
         raise InputError("this model's attention would mix packed rows; use --packing off")
-    if rows.n_skipped:
-        line, why = rows.skipped[0]
-        notes.append(f"{rows.n_skipped} bad rows passed over, the first on line {line}: {why}")
+    notes += _about(rows)
     fraction = 0.0 if settings.validation is not None or len(rows) < 2 else settings.validation_fraction
     train, held_out = split(len(rows), fraction, settings.seed)
 
@@ -73,6 +85,7 @@ def prepare(
     validation = bins(rows, held_out) if held_out else None
     if settings.validation is not None:
         other = Rows(settings.validation, encode, skip_bad=settings.skip_bad_rows)
+        notes += _about(other)
         validation = bins(other, list(range(len(other))))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     sequences = bins(rows, train)

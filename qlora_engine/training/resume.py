@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,30 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qlora_engine import distributed
+from qlora_engine.base_match import base_fingerprint
 from qlora_engine.errors import InputError
 from qlora_engine.files import read_json_object, write_json
 
+from .output import SETTINGS_FILE, check_resumable, clear_checkpoints
 from .settings import Settings
+from .sharding import sharded_fingerprint
 from .trainer import latest_checkpoint
 
-SETTINGS_FILE = "settings.json"
 # May change: where files lie (their rows may not), and what has no part in the losses.
+_FREE_OF_ADAPTER = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
 _FREE = ("data", "output", "validation", "keep", "memory_limit", "sample", "tensorboard")
+
+
+def what_is_trained(model: Any) -> dict[str, Any]:
+    """The base, by the hash of its codes, and the adapter's config, as far as a resumed run needs them.
+
+    Wherever the adapter began, its weights are the checkpoint's.
+    """
+    base = model.get_base_model()
+    fingerprint = sharded_fingerprint(base) or base_fingerprint(base)
+    values = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=sorted))
+    kept = {f"adapter's {key}": value for key, value in values.items() if key not in _FREE_OF_ADAPTER}
+    return {"base": None if fingerprint is None else fingerprint.codes_sha256[:16], **kept}
 
 
 def checkpoint_to_go_on_from(
@@ -40,8 +55,7 @@ def checkpoint_to_go_on_from(
     now = settings.to_json() | {"processes": distributed.world().size} | used
     now = {key: value for key, value in now.items() if key not in _FREE}
     if resume:
-        if not stored.is_file():
-            raise InputError(f"nothing to resume in {checkpoints.parent}: no {stored.name}")
+        check_resumable(checkpoints)
         then = read_json_object(stored)
         for key, value in now.items():
             if value != then.get(key):
@@ -49,9 +63,8 @@ def checkpoint_to_go_on_from(
                     f"--resume: {key} was {then.get(key)!r}, is {value!r}; a resumed run must be the same"
                 )
         return latest_checkpoint(checkpoints)
-    if checkpoints.is_dir():  # another run's
-        shutil.rmtree(checkpoints)
-    checkpoints.mkdir(parents=True)
+    clear_checkpoints(checkpoints)  # another run's
+    checkpoints.mkdir(parents=True, exist_ok=True)
     write_json(stored, now)
     return None
 

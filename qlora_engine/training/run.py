@@ -23,7 +23,7 @@ from .memory import fit, within_window
 from .outcome import Outcome, complete, outcome_of, write_outcome
 from .packed_rows import attends_by_beginnings
 from .prepare import prepare
-from .resume import checkpoint_to_go_on_from, is_finished
+from .resume import checkpoint_to_go_on_from, is_finished, what_is_trained
 from .settings import Settings, precision_of
 from .sharding import adapter_weights
 from .trainer import AdapterTrainer
@@ -47,14 +47,16 @@ class _Reporter(TrainerCallback):  # type: ignore[misc]
             return
         if self.report is not None and state.is_world_process_zero:
             self.report({"step": state.global_step, "steps": state.max_steps, **logs})
+        step = state.global_step
+        if not math.isfinite(logs.get("eval_loss", 0.0)):
+            raise InputError(f"the validation loss is {logs['eval_loss']} at step {step}: {_why_lost(step)}")
         if "loss" in logs:
             found = [logs["loss"], float(logs.get("grad_norm") or 0.0)]
             self.lost = 0 if all(map(math.isfinite, found)) else self.lost + 1
             if self.lost >= self.patience:
                 raise InputError(
-                    f"the loss is {found[0]}, the norm of its gradients {found[1]} at step "
-                    f"{state.global_step}: lower --learning-rate, or use --precision bf16 or fp32, and begin "
-                    "anew (--overwrite)"
+                    f"the loss is {found[0]}, the norm of its gradients {found[1]} at step {step}: "
+                    f"{_why_lost(step - 1)}"
                 )
 
 
@@ -64,6 +66,29 @@ class _EvaluateLast(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.eval_strategy == "steps" and state.global_step >= state.max_steps:
             control.should_evaluate = True
+
+
+def _why_lost(trained: int) -> str:
+    """What to do about losses that are no numbers, after so many steps."""
+    if trained == 0:
+        return (
+            "nothing was trained before it, so the base holds values that are no numbers, or needs another "
+            "--precision; begin anew (--overwrite)"
+        )
+    return "lower --learning-rate, or use --precision bf16 or fp32, and begin anew (--overwrite)"
+
+
+def _refuse_no_numbers(model: Any, advice: str) -> None:
+    """Refuse an adapter with NaN or infinity in it; all processes must call it.
+
+    Raises:
+        InputError: naming the first such parameter.
+    """
+    trained = [(name, recompute.local(p)) for name, p in model.named_parameters() if p.requires_grad]
+    lost = [name for name, part in trained if not bool(part.isfinite().all())]
+    if distributed.total(len(lost)):
+        where = f" in {lost[0]}" if lost else ""
+        raise InputError(f"the adapter holds values that are no numbers{where}: {advice}")
 
 
 def finetune(
@@ -99,6 +124,7 @@ def finetune(
         torch.cuda.set_device(device)
     precision = precision_of(settings.precision, device)
     set_seed(settings.seed)
+    _refuse_no_numbers(model, "it cannot be trained")
     asked, settings = settings, within_window(model, settings)
     train, validation, collator, notes = prepare(model, tokenizer, settings, progress)
     if settings.max_length < asked.max_length:
@@ -117,13 +143,15 @@ def finetune(
     output = settings.output
     checkpoints = output / "checkpoints"
     used = {"precision": precision, "loss": memory.loss_function, "rows": train.rows.checksum}
+    used |= what_is_trained(model)
     used |= {} if validation is None else {"validation_rows": validation.rows.checksum}
-    checkpoint = distributed.from_main(
-        lambda: checkpoint_to_go_on_from(checkpoints, settings, used, resume=resume)
-    )
     against = _why_no_graphs(settings, collator.packed)
     if settings.cuda_graphs == "auto" and memory.total > _ROOM * memory.available:
         against = against or "memory is short"
+    graphs.can_replay(model, settings.cuda_graphs, against)
+    checkpoint = distributed.from_main(
+        lambda: checkpoint_to_go_on_from(checkpoints, settings, used, resume=resume)
+    )
     finished = checkpoint is not None and is_finished(checkpoint, settings)
     replayed = None if finished else graphs.enable(model, settings.cuda_graphs, against)
     if replayed is not None:
@@ -159,6 +187,7 @@ def finetune(
                     replayed.disable()
         seconds = float(result.metrics["train_runtime"])
         notes += [] if note is None else [note]
+    _refuse_no_numbers(model, _why_lost(trainer.state.global_step))
     outcome = outcome_of(trainer, seconds, memory.loss_function or "full", notes)
     is_main = distributed.world().is_main
     weights = adapter_weights(model) if recompute.is_sharded(model) else None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qlora_engine.errors import InputError
+from qlora_engine.texts import why_no_text
 
 from .host import parse_offload
 from .loss import LOSSES
@@ -42,6 +43,9 @@ _AT_LEAST = {
     "neftune": 0,
 }
 _POSITIVE = ("learning_rate", "epochs", "lora_plus", "memory_limit")
+_BELOW = 1 << 31  # no sensible value is near; loaders, optimizers and noise compute with what is below
+_FASTEST = 1e6  # learning rate: nothing learns near it, and beyond 1e37 the optimizers' float32 overflows
+_POLYNOMIAL_ENDS_AT = 1e-7  # transformers' lr_end
 _CHOICES = {
     "packing": ("auto", "on", "off"),
     "train_on": ("completion", "all"),
@@ -132,12 +136,22 @@ class Settings:
     def __post_init__(self) -> None:
         for name, lowest in _AT_LEAST.items():
             value = getattr(self, name)
-            if value is not None and not (lowest <= value < math.inf):
+            if value is not None and not lowest <= value:
                 raise InputError(f"{name}={value}; it must be at least {lowest}")
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and not (0 < value < math.inf):
+            if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name}={value}; it must be a positive number")
+        for name in (*_AT_LEAST, *_POSITIVE):
+            value = getattr(self, name)
+            if value is not None and value >= _BELOW:
+                raise InputError(f"{name}={value}; it must be below {_BELOW}")
+        fastest = self.learning_rate * max(1.0, self.lora_plus or 1.0)
+        if fastest > _FASTEST:
+            raise InputError(
+                f"learning_rate={self.learning_rate}, lora_plus={self.lora_plus}: a rate of {fastest:.3g}; "
+                f"it must be at most {_FASTEST:.0f}"
+            )
         for name in ("validation_fraction", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}; it must be in [0, 1)")
@@ -145,9 +159,16 @@ class Settings:
             raise InputError(f"seed={self.seed}; it must be in [0, 2**32)")
         if self.sample is not None and not self.sample.strip():
             raise InputError("sample is empty; give a prompt")
+        if self.sample is not None and (reason := why_no_text(self.sample)):
+            raise InputError(f"sample: {reason}")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}={getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        if self.scheduler == "polynomial" and self.learning_rate <= _POLYNOMIAL_ENDS_AT:
+            raise InputError(
+                f"learning_rate={self.learning_rate} with scheduler='polynomial'; it must be above "
+                f"{_POLYNOMIAL_ENDS_AT}, where that ends"
+            )
         parse_offload(self.offload)
         parse_recompute(self.recompute)
         check_optimizer(self.optimizer, sharded=self.shard)

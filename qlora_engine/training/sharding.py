@@ -168,6 +168,8 @@ def _fill_adapter(model: Any, adapter: Path | None, seed: int) -> None:
     if adapter is not None:
         weights = load_peft_weights(adapter, device="cpu")
         keys = adapter_keys(model, "default")
+        if strange := sorted(name for name in weights if "lora_" in name and name not in keys):
+            raise InputError(f"{adapter}: this model has no place for {strange[0]}")
         model.load_state_dict(
             {keys[name]: tensor.float() for name, tensor in weights.items() if name in keys},
             strict=False,
@@ -227,7 +229,12 @@ def save_adapter(model: Any, folder: Path, weights: dict[str, Tensor] | None = N
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     tensors = [DenseTensor(name, weights[name].contiguous()) for name in sorted(weights)]
-    write_adapter(folder, tensors, config, getattr(model.get_base_model(), _FINGERPRINT))
+    write_adapter(folder, tensors, config, sharded_fingerprint(model.get_base_model()))
+
+
+def sharded_fingerprint(base: Any) -> Fingerprint | None:
+    """Of the base that ``load_sharded`` made; None for another."""
+    return getattr(base, _FINGERPRINT, None)
 
 
 def put(target: Tensor, values: Tensor) -> None:

@@ -187,7 +187,7 @@ def test_the_models_folder_is_no_output(quantised: Path, rows: Path) -> None:
     before = sorted(quantised.iterdir())
     status, _, err = invoke(quantised, "--data", rows, "--output", quantised / "." / ".")
     assert status == 2
-    assert "is the model's own folder; the adapter needs another" in err
+    assert "is the model's own folder; what is trained needs another" in err
     assert sorted(quantised.iterdir()) == before
 
 

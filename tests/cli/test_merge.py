@@ -360,7 +360,7 @@ BAD: list[tuple[str, Callable[[Path], Any], str]] = [
         "is not an adapter: it has no adapter_config",
     ),
     ("no weights", lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
-    ("other type", lambda f: spoil_config(f, peft_type="IA3"), "peft_type is 'IA3'; only LORA can be merged"),
+    ("other type", lambda f: spoil_config(f, peft_type="IA3"), "peft_type is 'IA3'; only LORA is known here"),
     ("unknown field", lambda f: spoil_config(f, use_bdlora={"nblocks": 2}), "use_bdlora"),
     (
         "pissa",

@@ -25,9 +25,10 @@ class Letters:
         return {"input_ids": [1] * add_special_tokens + [ord(c) for c in text]}
 
     def apply_chat_template(
-        self, messages: Any, add_generation_prompt: bool = False, **_: Any
+        self, messages: Any, add_generation_prompt: bool = False, tools: Any = None, **_: Any
     ) -> dict[str, Any]:
-        text = "".join(f"<{m['role'][0]}>{m['content']};" for m in messages)
+        text = "" if tools is None else f"{len(tools)} tools;"
+        text += "".join(f"<{m['role'][0]}>{m['content']};" for m in messages)
         return {"input_ids": [ord(c) for c in text + "<a>" * add_generation_prompt]}
 
 
@@ -61,6 +62,18 @@ def test_chat_trains_on_what_the_assistant_says() -> None:
     example = RowEncoder(Letters(), 100)({"messages": messages})
     assert written(example.ids) == "<u>hi;<a>yo;<u>b;<a>c;"
     assert written(example.labels) == "_________yo;________c;"
+
+
+def test_a_chat_tells_of_its_tools() -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    example = RowEncoder(Letters(), 100)({"messages": messages, "tools": [{}, {}]})
+    assert written(example.ids) == "2 tools;<u>hi;<a>yo;"
+    assert written(example.labels) == "_" * 17 + "yo;"
+
+
+def test_a_cut_row_says_what_is_left_out() -> None:
+    assert RowEncoder(Letters(), 3)({"text": "abcdef"}).left_out == 5
+    assert RowEncoder(Letters(), 8)({"text": "abcdef"}).left_out == 0
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from qlora_engine.errors import InputError
 from qlora_engine.training import memory
 from qlora_engine.training.run import finetune
 from qlora_engine.training.settings import Settings, can_shard
-from qlora_engine.training.trainer import latest_checkpoint
+from qlora_engine.training.trainer import AdapterTrainer, latest_checkpoint
 
 
 @pytest.fixture
@@ -307,3 +307,41 @@ def test_a_tokenizer_without_an_end_is_told(model: Any, data: Path, make_tokeniz
     tokenizer.eos_token = tokenizer.pad_token = None
     outcome = finetune(model, tokenizer, settings(data, max_steps=1, sample="1 plus"))
     assert "the tokenizer has no token that ends a text: rows are not ended" in outcome.notes
+
+
+def test_no_adapter_of_no_numbers_comes_out(
+    model: Any, data: Path, make_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last update has no loss after it that would show what it did."""
+    real = AdapterTrainer.train
+
+    def train(self: Any, **options: Any) -> Any:
+        result = real(self, **options)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained[-1].data.view(-1)[3] = torch.inf
+        return result
+
+    monkeypatch.setattr(AdapterTrainer, "train", train)
+    with pytest.raises(InputError, match=r"holds values that are no numbers in .*lora_B.*lower --learning"):
+        finetune(model, make_tokenizer(), settings(data))
+    assert not (data.parent / "out" / "adapter_model.safetensors").exists()
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"no numbers in .*lora_B.*it cannot be trained"):
+        finetune(model, make_tokenizer(), settings(data))
+
+
+@pytest.mark.parametrize(("trained", "why"), [(0, "nothing was trained before it"), (1, "lower --learning")])
+def test_a_validation_loss_that_is_no_number_ends_a_run(
+    trained: int, why: str, model: Any, data: Path, make_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = AdapterTrainer.evaluation_loop
+
+    def evaluation_loop(self: Any, *args: Any, **options: Any) -> Any:
+        found = real(self, *args, **options)
+        if self.state.global_step == trained:
+            found.metrics["eval_loss"] = float("nan")
+        return found
+
+    monkeypatch.setattr(AdapterTrainer, "evaluation_loop", evaluation_loop)
+    with pytest.raises(InputError, match=f"the validation loss is nan at step {trained}: {why}"):
+        finetune(model, make_tokenizer(), settings(data, evaluate_every=1))
