@@ -27,6 +27,28 @@ def at_home(path: str | bytes | Path) -> Path:
     return Path(os.path.expanduser(os.fsdecode(path)))
 
 
+def file_to_write(option: str, path: Path) -> Path:
+    """Where a file that the user named is to be put: behind its links.
+
+    Files are renamed into place, and a device or a pipe (/dev/null, /dev/stdout) would be gone then.
+
+    Args:
+        option: That named it, for the error.
+        path: As it was given.
+
+    Raises:
+        InputError: no ordinary file can be there.
+    """
+    real = Path(os.path.realpath(path))
+    if real.is_dir():
+        raise InputError(f"{option} {path} is a folder; give the name of a file")
+    if real.exists() and not real.is_file():
+        raise InputError(f"{option} {path} is a device or a pipe; give the name of an ordinary file")
+    if not real.parent.is_dir():
+        raise InputError(f"{option} {path}: there is no folder {real.parent}")
+    return real
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in ``folder`` (new, renamed, removed) survive a power cut."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

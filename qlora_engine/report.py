@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import platform
@@ -33,13 +34,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values that are fields of ``cls``, lists as tuples, each of the type that the field has.
 
     Raises:
         TypeError: one of another type, or a number that is not finite.
     """
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     return {key: _typed(key, value, hints[key]) for key, value in values.items() if key in hints}
 
 
@@ -131,9 +137,12 @@ class LayerReport:
             InputError: a field is missing.
         """
         try:
-            return cls(**_fields(cls, values))
+            layer = cls(**_fields(cls, values))
         except (TypeError, AttributeError) as error:
             raise InputError(f"not a layer's report: {error}") from error
+        if not layer.shape or min(layer.shape) < 1 or layer.rank < 0:
+            raise InputError(f"not a layer's report: shape {layer.shape}, rank {layer.rank}")
+        return layer
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -16,7 +16,7 @@ from qlora_engine.cli import common
 from qlora_engine.cli.loftq_init_plan import plan_facts, plan_table
 from qlora_engine.cli.progress import CalibrationLog, progress
 from qlora_engine.errors import InputError
-from qlora_engine.files import at_home
+from qlora_engine.files import at_home, file_to_write
 from qlora_engine.options import FORMAT_OF_BITS, InitOptions, default_iters, init_methods
 from qlora_engine.plan import Plan
 from qlora_engine.report import LayerReport, RunReport, dumps
@@ -200,6 +200,8 @@ def _source(given: dict[str, Any]) -> Any:
             ("save", "save_calibration"),
         )
     }
+    if paths["save"] is not None:
+        paths["save"] = file_to_write("--save-calibration", paths["save"])
     return Source(**paths, windows=given["calibration_windows"], window=given["window"])
 
 

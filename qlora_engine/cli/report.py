@@ -7,6 +7,7 @@ import dataclasses
 import io
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -80,6 +81,7 @@ def command(
 
     if worst < 1:
         raise InputError(f"--worst {worst}; it must be at least 1")
+    html, csv_file = _targets(runs, html, csv_file)
     found = read_runs(runs)
     spectra = []
     if spectrum is not None:
@@ -116,6 +118,22 @@ def command(
         if target is not None:
             screen.print(Text(f"Wrote {target}"), soft_wrap=True)
     return 0
+
+
+def _targets(
+    runs: Sequence[Path], html: Path | None, csv_file: Path | None
+) -> tuple[Path | None, Path | None]:
+    """Where the page and the table go, refused where they would take the place of something else."""
+    from qlora_engine.files import file_to_write
+
+    files = {option: path for option, path in (("--html", html), ("--csv", csv_file)) if path is not None}
+    real = {option: file_to_write(option, path) for option, path in files.items()}
+    for option, path in real.items():
+        if path.suffix in (".json", ".safetensors") and path.parent in {run.resolve() for run in runs}:
+            raise InputError(f"{option} {files[option]} is a file of the run; give another name")
+    if len(set(real.values())) < len(real):
+        raise InputError(f"--html and --csv both name {html}; give two files")
+    return real.get("--html"), real.get("--csv")
 
 
 def _csv(rows: list[tuple[str, dict[str, object]]]) -> str:

@@ -123,6 +123,8 @@ def test_budget_is_kept_and_used(model: Path, texts: Path, tmp_path: Path) -> No
         (("--budget", "3", "--bits", "4"), "leave out --bits"),
         (("--budget", "1.5"), "take at least"),
         (("--save-calibration", "x.safetensors"), "needs --calibration"),
+        (("--calibration", "TEXTS", "--save-calibration", "."), "--save-calibration . is a folder"),
+        (("--calibration", "TEXTS", "--save-calibration", "no/where"), "there is no folder"),
         (("--calibration", "TEXTS", "--calibration-windows", "0"), "at least 1"),
         (("--calibration", "TEXTS", "--window", "1"), "at least 2 tokens"),
         (("--load-calibration", "TEXTS"), "texts.jsonl"),

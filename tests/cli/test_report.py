@@ -7,6 +7,7 @@ import csv
 import html
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -224,3 +225,62 @@ def test_pages_work_in_a_browser(
         assert found["kept"] == 2
         assert found["spill"] <= 0
         assert found["outside"] == []
+
+
+def _in(folder: Path, make: Callable[[Path], None]) -> Path:
+    path = folder / "page"
+    make(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p.mkdir(), "is a folder; give the name of a file"),
+        (os.mkfifo, "is a device or a pipe; give the name of an ordinary file"),
+        (lambda p: p.symlink_to(p.parent / "no" / "where"), "there is no folder"),
+    ],
+)
+def test_a_file_that_cannot_be_written(
+    make: Callable[[Path], None], message: str, runs: list[Path], tmp_path: Path
+) -> None:
+    """A device as target was replaced by the page. (A pipe stands for it: no test may risk /dev/null.)"""
+    path = _in(tmp_path, make)
+    before = path.lstat()
+    for option in ("--html", "--csv"):
+        result = invoke(runs[0], option, path)
+        assert result.code == 2
+        assert result.err.startswith(f"qlora-report: error: {option} {path}")
+        assert message in result.err
+        assert path.lstat() == before
+        assert [file.name for file in tmp_path.iterdir()] == ["page"]
+
+
+def test_a_link_is_written_through(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "page").symlink_to("kept/page.html")
+    assert invoke(runs[0], "--html", tmp_path / "page").code == 0
+    assert (tmp_path / "page").is_symlink()
+    assert (tmp_path / "kept" / "page.html").read_text().startswith("<!doctype html>")
+
+
+def test_files_of_the_run_are_no_targets(runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    before = (run / "report.json").read_bytes()
+    for name in ("report.json", "model.safetensors"):
+        result = invoke(run, "--html", run / name)
+        assert (result.code, "is a file of the run; give another name" in result.err) == (2, True)
+    assert (run / "report.json").read_bytes() == before
+    both = invoke(run, "--html", tmp_path / "x", "--csv", tmp_path / "kept" / ".." / "x")
+    assert (both.code, "give two files" in both.err) == (2, True)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("values", [{"shape": [0, 4]}, {"shape": []}, {"rank": -1}])
+def test_a_layer_that_cannot_be(values: dict[str, Any], runs: list[Path], tmp_path: Path) -> None:
+    report = json.loads((runs[0] / "report.json").read_text())
+    report["layers"][0].update(values)
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    result = invoke(tmp_path)
+    assert (result.code, "not a layer's report: shape (" in result.err) == (2, True)
