@@ -12,8 +12,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from qlora_engine import fused_blocks
-from qlora_engine.fused_blocks import Part, shared_input, swiglu_mlp
+from qlora_engine import fused_products
+from qlora_engine.fused_products import Part, shared_input, swiglu_mlp
 from quant import QuantSpec, quantize
 from quant.backends import triton_blocks
 from quant.linear import QuantLinear
@@ -64,7 +64,7 @@ def compare(
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_swiglu_mlp(spec: QuantSpec, dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All ten tokens at once, and the activation for four, four and two of them."""
-    monkeypatch.setattr(fused_blocks, "_MOST_TOKENS", most)
+    monkeypatch.setattr(fused_products, "_MOST_TOKENS", most)
     for hidden, width, ranks in ((64, 96, (4, 4, 4)), (48, 80, (3, 8, 5)), (16, 16, (1, 2, 3))):
         gate, up, down = made = [
             part(width, hidden, ranks[0], spec, 2.0),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 
 from qlora_engine import fused, fused_blocks
-from qlora_engine.fused_blocks import Part, shared_input, swiglu_mlp
+from qlora_engine.fused_products import Part, shared_input, swiglu_mlp
 from quant.linear import QuantLinear
 from quant.linear_op import TENSOR_NAMES, Weight
 from quant.spec import QuantSpec

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from qlora_engine import LoftQConfig, LoraConfig, fused, fused_blocks, get_peft_model
+from qlora_engine import LoftQConfig, LoraConfig, fused, fused_blocks, fused_products, get_peft_model
 from qlora_engine.fused import lora_linear
 from quant import QuantSpec, linear_op, quantize
 from quant.backends import triton_blocks, triton_rounding
@@ -87,10 +87,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return Launches(monkeypatch)
 
 
-def part(rows: int, columns: int, rank: int = 4) -> fused_blocks.Part:
+def part(rows: int, columns: int, rank: int = 4) -> fused_products.Part:
     module = QuantLinear.from_quantized(quantize(torch.randn(rows, columns), QuantSpec("nf4", 64, True)))
     A, B = (nn.Parameter(torch.randn(shape)) for shape in ((rank, columns), (rows, rank)))
-    return fused_blocks.Part(fused.weight_of(module), A, B, 0.5)
+    return fused_products.Part(fused.weight_of(module), A, B, 0.5)
 
 
 def counted(launches: Launches, run: Callable[[], Any], x: Tensor) -> tuple[list[str], list[str]]:
@@ -118,14 +118,14 @@ def test_a_layer_takes_ten_kernels(launches: Launches) -> None:
 def test_the_mlp_and_qkv_take_no_more_than_they_did(launches: Launches) -> None:
     x = torch.randn(5, 64, requires_grad=True)
     gate, up, down = part(96, 64), part(96, 64), part(64, 96)
-    forward, backward = counted(launches, lambda: fused_blocks.swiglu_mlp(x, gate, up, down), x)
+    forward, backward = counted(launches, lambda: fused_products.swiglu_mlp(x, gate, up, down), x)
     assert forward.count("decode") == backward.count("decode") == 3
     assert len(forward) <= 17, forward
     assert len(backward) <= 20, backward  # two copies, and down's h once more
     launches.names.clear()
     x.grad = None
     qkv = [part(64, 64), part(32, 64), part(32, 64)]
-    forward, backward = counted(launches, lambda: fused_blocks.shared_input(x, *qkv), x)
+    forward, backward = counted(launches, lambda: fused_products.shared_input(x, *qkv), x)
     assert len(forward) <= 11, forward
     assert len(backward) <= 15, backward
 
