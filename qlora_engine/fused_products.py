@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from quant.linear_op import Weight, decoded, times, using_workspace, workspace
 
@@ -105,6 +106,7 @@ class _GateUp(torch.autograd.Function):
 
     @staticmethod
     @_holding_workspace
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         if ctx.used:
             raise RuntimeError(
@@ -250,6 +252,7 @@ class _SharedProducts(torch.autograd.Function):
 
     @staticmethod
     @_holding_workspace
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, h, *saved = ctx.saved_tensors
         parts = _with_settings(saved, ctx.parts)

@@ -55,6 +55,16 @@ def test_swiglu_mlp(spec: QuantSpec, ranks: tuple[int, int, int]) -> None:
         close(got, expected)
 
 
+def test_second_derivatives_are_refused() -> None:
+    """Decoded weights lie in a buffer that the next layer overwrites: they would be another layer's."""
+    x = torch.randn(3, 64, device=DEVICE, requires_grad=True)
+    gate, up = (part(96, 64, 4, seed, QuantSpec(), 2.0) for seed in range(2))
+    for y in (swiglu_mlp(x, gate, up, part(64, 96, 4, 7, QuantSpec(), 0.5)), shared_input(x, gate, up)[0]):
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            dx.square().sum().backward()
+
+
 def test_no_tokens_have_gradients_of_zero() -> None:
     """As an expert has that no token reached."""
     parts = [part(96, 64, 4, 0, QuantSpec(), 1.0), part(96, 64, 4, 1, QuantSpec(), 1.0)]
