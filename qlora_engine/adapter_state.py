@@ -136,8 +136,7 @@ def _warn_about_shards(state_dict: dict[str, Tensor], adapter_name: str) -> None
         warnings.warn(
             f"Adapter {adapter_name!r}: {len(bad)} LoRA tensor(s) have invalid shape: {preview}. A 1-D or "
             "zero-sized lora_A / lora_B tensor indicates that DeepSpeed ZeRO-3 / FSDP shards were not "
-            "gathered "
-            "before save_pretrained().",
+            "gathered before save_pretrained().",
             PeftWarning,
             stacklevel=3,
         )
@@ -228,9 +227,8 @@ def _on_hub(repository: str, filename: str, **kwargs: Any) -> bool | None:
         return bool(file_exists(repository, filename, **kwargs))
     except Exception as error:  # any network, address or permission error means the same here
         warnings.warn(
-            f"Unable to fetch remote file due to the following error {error} - silently ignoring the "
-            "lookup for "
-            f"the file {filename} in {repository}.",
+            f"Unable to fetch remote file due to the following error {error} - silently ignoring the lookup "
+            f"for the file {filename} in {repository}.",
             stacklevel=4,
         )
         return None

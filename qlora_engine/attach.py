@@ -154,8 +154,7 @@ class LoraModel(nn.Module):
             if bias != "none":
                 warnings.warn(
                     f"Careful, disabling adapter layers with bias configured to be '{bias}' does not "
-                    "produce the "
-                    "same output as the base model would without adaption.",
+                    "produce the same output as the base model would without adaption.",
                     stacklevel=2,
                 )
         self._set_enabled(False)
@@ -207,10 +206,8 @@ class LoraModel(nn.Module):
         if config.target_parameters and state_dict:
             raise ValueError(
                 "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses "
-                "`target_parameters`. "
-                "This is not supported -- when using `target_parameters`, please inject the adapter "
-                "without the "
-                "state_dict."
+                "`target_parameters`. This is not supported -- when using `target_parameters`, please "
+                "inject the adapter without the state_dict."
             )
         # Names only: a list of modules would keep every dense layer alive until the end.
         names = [name for name, _ in model.named_modules()]
@@ -270,10 +267,8 @@ class LoraModel(nn.Module):
             if other is not config and wanted and theirs and wanted != theirs:
                 raise ValueError(
                     "When using multiple adapters with `target_parameters`, all adapters must target the "
-                    "same set "
-                    f"of parameters, but got {sorted(wanted)} for the new adapter and {sorted(theirs)} for "
-                    "adapter "
-                    f"'{name}'."
+                    f"same set of parameters, but got {sorted(wanted)} for the new adapter and "
+                    f"{sorted(theirs)} for adapter '{name}'."
                 )
 
     def _check_target_module_exists(self, config: LoraConfig, key: str) -> Any:

@@ -102,31 +102,27 @@ class _BaseAutoPeftModel:
         if config.task_type is not None:
             if cls._target_class is None:
                 raise ValueError(
-                    "Cannot use `AutoPeftModel` with a task type, please use a specific class for your "
-                    "task type. "
-                    "(e.g. `AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`)"
+                    "Cannot use `AutoPeftModel` with a task type, please use a specific class for your task "
+                    "type. (e.g. `AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`)"
                 )
             expected = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
             if cls._target_peft_class.__name__ != expected.__name__:
                 raise ValueError(
                     f"Expected target PEFT class: {expected.__name__}, but you have asked for: "
                     f"{cls._target_peft_class.__name__} make sure that you are loading the correct model "
-                    "for your "
-                    "task type."
+                    "for your task type."
                 )
             return getattr(importlib.import_module("transformers"), cls._target_class)
         if config.auto_mapping is None:
             raise ValueError(
                 "Cannot infer the auto class from the config, please make sure that you are loading the "
-                "correct "
-                "model for your task type."
+                "correct model for your task type."
             )
         library = config.auto_mapping["parent_library"]
         if library not in allowed and not any(library.startswith(f"{name}.") for name in allowed):
             raise ValueError(
-                f"The auto mapping wants to import '{library}' which is not in the import allowlist. If "
-                "you are "
-                f"sure that importing this library is safe, specify `import_allowlist=['{library}']` in "
+                f"The auto mapping wants to import '{library}' which is not in the import allowlist. If you "
+                f"are sure that importing this library is safe, specify `import_allowlist=['{library}']` in "
                 "`from_pretrained()`."
             )
         return getattr(importlib.import_module(library), config.auto_mapping["base_model_class"])

@@ -58,9 +58,9 @@ def wrap_modules(
         if isinstance(grandparent, BaseTunerLayer) and not isinstance(grandparent, wrapper_cls):
             raise ValueError(
                 f"You are trying to target a module with {wrapper_cls} that is a child of "
-                f"{type(grandparent)}. "
-                "This is almost certainly not the intended behavior. Please ensure that the adapter name, "
-                f"'{adapter_name}', does not conflict with any of the targeted modules."
+                f"{type(grandparent)}. This is almost certainly not the intended behavior. Please ensure "
+                f"that the adapter name, '{adapter_name}', does not conflict with any of the targeted "
+                "modules."
             )
         wrapper = next((m for m in (grandparent, target) if isinstance(m, wrapper_cls)), None)
         if wrapper is not None:

@@ -130,12 +130,10 @@ def hotswap_adapter_from_state_dict(
     inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if any(adapter_name in layer.merged_adapters for layer in tuner_layers(inner)):
         raise ValueError(
-            f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. "
-            "Please unmerge the adapter first by calling `peft_model.unmerge_adapter()` (or, for diffusers "
-            "models, "
-            "`diffusers_model.unfuse_lora()`); unmerging after a swap of merged weights would otherwise "
-            "corrupt "
-            "them."
+            f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base "
+            "weights. Please unmerge the adapter first by calling `peft_model.unmerge_adapter()` (or, for "
+            "diffusers models, `diffusers_model.unfuse_lora()`); unmerging after a swap of merged weights "
+            "would otherwise corrupt them."
         )
     slots = dict(_slots(inner, adapter_name, parameter_prefix))
     given = {_own_key(key, slots, adapter_name): tensor for key, tensor in state_dict.items()}
@@ -223,8 +221,7 @@ def _fit(key: str, slot: _Slot, new: Tensor) -> Tensor:
     if not same_but_rank or dim is None:
         raise ValueError(
             f"Incompatible shapes found for LoRA weights {key}: {tuple(old)} vs {tuple(new.shape)}. Please "
-            "ensure "
-            "that all ranks are padded to the largest rank among all LoRA adapters by using "
+            "ensure that all ranks are padded to the largest rank among all LoRA adapters by using "
             "prepare_model_for_compiled_hotswap."
         )
     return new if new.shape[dim] > old[dim] else pad(new, old[dim], dim, slot.groups if dim == 0 else 1)
@@ -320,9 +317,8 @@ def prepare_model_for_compiled_hotswap(
         if check_compiled == "warn":
             warnings.warn(
                 "prepare_model_for_compiled_hotswap was called with a model that is already compiled. This "
-                "will "
-                "likely result in re-compilation, hurting performance. Call the function before compiling "
-                "the model.",
+                "will likely result in re-compilation, hurting performance. Call the function before "
+                "compiling the model.",
                 stacklevel=2,
             )
         elif check_compiled != "ignore":
@@ -358,15 +354,14 @@ def _check_padding(layer: LoraLayer, adapter: str, target_rank: int) -> None:
     if target_rank % groups:
         raise ValueError(
             f"Trying to pad a Conv2d LoRA adapter with groups={groups} to target rank {target_rank}, but "
-            "the target "
-            f"rank is not divisible by {groups}. Please choose a target rank that is divisible by {groups}."
+            f"the target rank is not divisible by {groups}. Please choose a target rank that is divisible "
+            f"by {groups}."
         )
     rank = layer.get_factors(adapter)[0].shape[0]
     if rank > target_rank:
         raise ValueError(
             f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
-            f"({rank}). "
-            "This is not possible."
+            f"({rank}). This is not possible."
         )
 
 

@@ -144,8 +144,7 @@ def _folder(peft_model: Any, model_path: str | os.PathLike[str] | None) -> Path:
     if not name:
         raise ValueError(
             "The provided model does not appear to be a transformers model or is a local model. In this "
-            "case, you "
-            "must pass the model_path argument that points to the safetensors file."
+            "case, you must pass the model_path argument that points to the safetensors file."
         )
     if os.path.isdir(name):
         return Path(name)
@@ -157,8 +156,7 @@ def _folder(peft_model: Any, model_path: str | os.PathLike[str] | None) -> Path:
     except HFValidationError as error:
         raise ValueError(
             "The provided model does not appear to be a transformers model or is a local model. In this "
-            "case, you "
-            "must pass the model_path argument that points to the safetensors file."
+            "case, you must pass the model_path argument that points to the safetensors file."
         ) from error
     except LocalEntryNotFoundError as error:
         raise ValueError(
@@ -174,9 +172,8 @@ def _entries(folder: Path, peft_model: Any, layers: Mapping[str, LoraLayer]) -> 
         tensors = read_header(folder / WEIGHTS_FILE)[0]
     else:
         raise FileNotFoundError(
-            f"Could not find file for {folder / WEIGHTS_FILE}, ensure that there is a (sharded) "
-            "safetensors file of "
-            "the model."
+            f"Could not find file for {folder / WEIGHTS_FILE}, ensure that there is a (sharded) safetensors "
+            "file of the model."
         )
     prefix = getattr(peft_model.get_base_model(), "base_model_prefix", None) or ""
     found = {}
@@ -191,8 +188,7 @@ def _entries(folder: Path, peft_model: Any, layers: Mapping[str, LoraLayer]) -> 
         if entry.shape != expected or entry.dtype not in ("F16", "BF16", "F32"):
             raise ValueError(
                 f"{folder}: '{entry.name}' is {entry.dtype} {entry.shape}; the full-precision weight "
-                f"{expected} is "
-                "needed"
+                f"{expected} is needed"
             )
         found[name] = entry
     return found

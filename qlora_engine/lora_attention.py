@@ -207,8 +207,7 @@ class MultiheadAttention(LoraLayer, nn.Module):
                 name = type(base).__name__
                 raise ValueError(
                     f"The out_proj layer of {name} has merged layers but {name} itself doesn't; please "
-                    "ensure "
-                    "that either both or none have merged layers"
+                    "ensure that either both or none have merged layers"
                 )
             with self._in_place([name for name in self.active_adapters if self.has_adapter(name)]):
                 out, weights = base(query, *args, **kwargs)

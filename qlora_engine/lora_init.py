@@ -218,9 +218,8 @@ def _initialise_from_weight(layer: LoraLayer, adapter: str, method: str, name: s
     if is_quantized(base) and method.startswith("pissa"):
         raise TypeError(
             "Please initialize PiSSA under float32, float16, or bfloat16: the residual of a weight that "
-            "lies on a "
-            "grid does not, and would have to be rounded again. Use init_lora_weights='loftq' with "
-            "start='svd'."
+            "lies on a grid does not, and would have to be rounded again. Use init_lora_weights='loftq' "
+            "with start='svd'."
         )
     weight = _base_matrix(layer)
     spec = base.spec if isinstance(base, QuantizedModule) else None

@@ -69,8 +69,7 @@ class ParamWrapper(LoraLayer, nn.Module):
         if len(shape) not in (2, 3):
             raise ValueError(
                 f"lora.{type(self).__name__} was initialized with {len(shape)} dimensional Parameter, but "
-                "only 2d "
-                "and 3d are supported."
+                "only 2d and 3d are supported."
             )
         self.num_experts = shape[0] if len(shape) == 3 else 1
         # Whether the matrices of a stack are stored (in, out).
@@ -351,11 +350,9 @@ def inject_parameters(
             if isinstance(target, BaseTunerLayer) and not isinstance(target, ParamWrapper):
                 raise ValueError(
                     f"Trying to wrap an `nn.Parameter` of layer '{path}' of type {type(target).__name__}, "
-                    "which is "
-                    "not a valid target. Make sure that this layer is not also targeted with "
-                    "`target_modules`. For "
-                    "some models, PEFT will do this automatically, try setting `target_modules=[]` to "
-                    "prevent it."
+                    "which is not a valid target. Make sure that this layer is not also targeted with "
+                    "`target_modules`. For some models, PEFT will do this automatically, try setting "
+                    "`target_modules=[]` to prevent it."
                 )
             existing: Any = target
             while isinstance(existing, ParamWrapper) and existing.parameter_name != name:

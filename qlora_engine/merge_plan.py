@@ -223,8 +223,7 @@ class _Planner:
         if (part.A.shape, part.B.shape) != expected:
             raise InputError(
                 f"the adapter of '{path}' has A {part.A.shape} and B {part.B.shape}; its weight {shape} "
-                "needs "
-                f"{expected[0]} and {expected[1]}"
+                f"needs {expected[0]} and {expected[1]}"
             )
 
     def _check_replacement(self, parameter: str) -> None:
@@ -232,8 +231,7 @@ class _Planner:
         if parameter in self.base.fused:
             raise InputError(
                 f"the adapter replaces '{parameter}', which is put together from several tensors on disk; "
-                "merge it "
-                "in Python with merge_and_unload()"
+                "merge it in Python with merge_and_unload()"
             )
         if shape is None or entry.shape == shape:
             return
@@ -365,8 +363,7 @@ class _Planner:
             if len(group) > 2 or not group & heads or source.is_quantised:
                 raise InputError(
                     f"'{parameter}' shares its weight with {', '.join(sorted(group - {parameter}))}, and "
-                    "the adapter "
-                    "changes it alone; merge it in Python with merge_and_unload()"
+                    "the adapter changes it alone; merge it in Python with merge_and_unload()"
                 )
             for name in group - stored.keys():
                 stored[name] = dataclasses.replace(

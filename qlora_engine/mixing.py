@@ -204,8 +204,7 @@ def _combined_config(
         if len(set(ranks)) > 1:
             raise ValueError(
                 "All adapters must have the same r value when using combination_type linear, ties, "
-                "dare_ties or "
-                "dare_linear."
+                "dare_ties or dare_linear."
             )
         rank = ranks[0]
     elif combination_type == "cat":
@@ -220,8 +219,7 @@ def _combined_config(
     if trained:
         warnings.warn(
             f"The biases that {', '.join(trained)} trained are the base model's now. They stay in effect, "
-            "but are "
-            "not part of the new adapter and will not be saved with it.",
+            "but are not part of the new adapter and will not be saved with it.",
             stacklevel=3,
         )
     modules_to_save = [name for config in configs for name in config.modules_to_save or ()]

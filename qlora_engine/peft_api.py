@@ -67,8 +67,7 @@ def get_peft_model(
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model "
-            "with a "
-            "different config, make sure to call `.unload()` before.",
+            "with a different config, make sure to call `.unload()` before.",
             stacklevel=2,
         )
     if old is not None and old != new:
@@ -81,8 +80,7 @@ def get_peft_model(
         if peft_config.revision is not None and peft_config.revision != revision:
             warnings.warn(
                 f"peft config has already set base model revision to {peft_config.revision}, overwriting "
-                "with "
-                f"revision {revision}",
+                f"with revision {revision}",
                 stacklevel=2,
             )
         peft_config.revision = revision

@@ -249,10 +249,8 @@ class AdapterFiles:
             if any(getattr(c, "init_lora_weights", None) == method for c in configs):
                 warnings.warn(
                     f"{names[method]} changes the base weights of the model and should thus not be used "
-                    "with other "
-                    f"adapters. Consider converting the {names[method]} adapter into a normal LoRA "
-                    "adapter: see "
-                    "`path_initial_model_for_weight_conversion` of save_pretrained.",
+                    f"with other adapters. Consider converting the {names[method]} adapter into a normal "
+                    "LoRA adapter: see `path_initial_model_for_weight_conversion` of save_pretrained.",
                     stacklevel=3,
                 )
                 return

@@ -49,8 +49,7 @@ def untie_if_quantized(model: Any, was_tied: bool) -> None:
     model.config.tie_word_embeddings = False
     warnings.warn(
         "Quantising one of the input and output embeddings, which shared a weight, has parted them: the "
-        "other keeps "
-        "the full-precision weight. Setting `tie_word_embeddings=False` in the model config.",
+        "other keeps the full-precision weight. Setting `tie_word_embeddings=False` in the model config.",
         stacklevel=4,
     )
 

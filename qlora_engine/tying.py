@@ -75,9 +75,8 @@ def plan_ties(model: Any, config: LoraConfig) -> None:
     if not config.ensure_weight_tying:
         if (in_save or in_target) and tied:
             warnings.warn(
-                "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, "
-                "but `ensure_weight_tying` is not set to True. This can lead to complications, for example "
-                "when "
+                "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
+                "`ensure_weight_tying` is not set to True. This can lead to complications, for example when "
                 "merging the adapter or converting your model to formats other than safetensors.",
                 stacklevel=4,
             )
