@@ -44,23 +44,42 @@ def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
         name = name.removeprefix(_FSDP)
         # Layers inside a wrapper are saved by the wrapper; MultiheadAttention's out_proj lies in a base
         # layer.
-        if not isinstance(module, BaseTunerLayer) or f"{name}.".startswith(wrapped):
-            continue
-        prefix = f"{name}." if name else ""
-        for attribute in module.adapter_layer_names:
-            container = getattr(module, attribute)
-            if adapter_name not in container:
-                continue
-            item = container[adapter_name]
-            if not isinstance(item, nn.Module):
-                keys[f"{prefix}{attribute}"] = f"{prefix}{attribute}.{adapter_name}"
-                continue
-            for key in item.state_dict():
-                on_disk = f"{prefix}{attribute}.{key}"
-                if attribute == "lora_magnitude_vector":
-                    on_disk = on_disk.removesuffix(".weight")
-                keys[on_disk] = f"{prefix}{attribute}.{adapter_name}.{key}"
+        if isinstance(module, BaseTunerLayer) and not f"{name}.".startswith(wrapped):
+            keys.update(_layer_keys(name, module, adapter_name))
     return keys
+
+
+def _layer_keys(name: str, layer: BaseTunerLayer, adapter_name: str) -> Iterator[tuple[str, str]]:
+    """Key on disk and in memory of an adapter's weights in one layer."""
+    prefix = f"{name}." if name else ""
+    for attribute in layer.adapter_layer_names:
+        container = getattr(layer, attribute)
+        if adapter_name not in container:
+            continue
+        item = container[adapter_name]
+        if not isinstance(item, nn.Module):
+            yield f"{prefix}{attribute}", f"{prefix}{attribute}.{adapter_name}"
+            continue
+        for key in item.state_dict():
+            on_disk = f"{prefix}{attribute}.{key}"
+            if attribute == "lora_magnitude_vector":
+                on_disk = on_disk.removesuffix(".weight")
+            yield on_disk, f"{prefix}{attribute}.{adapter_name}.{key}"
+
+
+def keys_in_memory(model: nn.Module, adapter_name: str) -> set[str]:
+    """All that an adapter has in ``model.state_dict()``, modules that train in full and tied rows included.
+
+    Found by where the weights are: an adapter's name may be a part of any path, as "0" of "layers.0.q_proj".
+    """
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            found.update(key for _, key in _layer_keys(name.removeprefix(_FSDP), module, adapter_name))
+    for name, wrapper in _named_wrappers(model):
+        own = wrapper.adapter_state_dict_load_map(adapter_name)  # type: ignore[attr-defined]
+        found.update(f"{name}.{key}" for key in own.values())
+    return found
 
 
 def _bias_keys(model: nn.Module, state_dict: Mapping[str, Tensor], bias: str) -> list[str]:
@@ -104,19 +123,18 @@ def get_peft_model_state_dict(
     given = state_dict is not None
     if state_dict is None:
         state_dict = model.state_dict()
-    others = [name for name in model.peft_config if name != adapter_name]
-    state_dict = {
-        key: value
-        for key, value in state_dict.items()
-        if not any(f".{name}." in key or key.endswith(f".{name}") for name in others)
+    mine = keys_in_memory(model, adapter_name)
+    theirs = {
+        key for name in model.peft_config if name != adapter_name for key in keys_in_memory(model, name)
     }
+    state_dict = {key: value for key, value in state_dict.items() if key not in theirs}
     keys = {disk: key for disk, key in adapter_keys(model, adapter_name).items() if key in state_dict}
-    keys.update({_strip_name(k, adapter_name): k for k in _bias_keys(model, state_dict, config.bias)})
+    keys.update({k: k for k in _bias_keys(model, state_dict, config.bias) if k not in mine})
     for name, wrapper in _named_wrappers(model):
         for disk, own in wrapper.adapter_state_dict_load_map(adapter_name).items():  # type: ignore[attr-defined]
             keys[f"{name}.{disk}"] = f"{name}.{own}"
     for key in _embedding_keys(model, config, state_dict, save_embedding_layers):
-        keys.setdefault(_strip_name(key, adapter_name), key)
+        keys.setdefault(_strip_name(key, adapter_name) if key in mine else key, key)
     found = {disk: state_dict[key] for disk, key in keys.items()}
     if not given:
         _warn_about_shards(found, adapter_name)

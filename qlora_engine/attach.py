@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import adapters
+from .adapter_state import keys_in_memory
 from .auxiliary import AuxiliaryTrainingWrapper
 from .base_weight import restore_adopted
 from .calibrated_model import calibrated
@@ -402,11 +403,12 @@ PEFT_TYPE_TO_TUNER_MAPPING: dict[str, type[LoraModel]] = {PeftType.LORA: LoraMod
 
 def _trainability(model: nn.Module, adapter_name: str) -> list[tuple[Any, bool]]:
     """(weak reference, requires_grad) of what exists, less what is already there of ``adapter_name``."""
-    found = []
-    for name, parameter in model.named_parameters():
-        if f".{adapter_name}." not in name and not name.endswith(f".{adapter_name}"):
-            found.append((weakref.ref(parameter), parameter.requires_grad))
-    return found
+    known = keys_in_memory(model, adapter_name)
+    return [
+        (weakref.ref(parameter), parameter.requires_grad)
+        for name, parameter in model.named_parameters()
+        if name not in known
+    ]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_engine import auto
+from qlora_engine.adapter_state import get_peft_model_state_dict
 from qlora_engine.config import LoftQConfig, LoraConfig, PeftConfig
 from qlora_engine.peft_api import PeftModel, get_peft_model
 from quant.linear import QuantizedModule
@@ -72,6 +73,22 @@ def test_save_and_load(tmp_path: Path) -> None:
     torch.testing.assert_close(again(x), loaded(x))
     loaded.save_pretrained(tmp_path / "second", selected_adapters=["other"])
     assert [p.name for p in (tmp_path / "second").iterdir() if p.is_dir()] == ["other"]
+
+
+@pytest.mark.parametrize("other", ["0", "base_layer", "weight", "model"])
+def test_an_adapter_may_be_called_like_a_part_of_a_path(other: str) -> None:
+    """Another adapter of any name takes nothing from what is saved, and saves itself the same."""
+    options: dict[str, Any] = {"target_modules": ["0"], "modules_to_save": ["2"], "init_lora_weights": False}
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    wrapped = get_peft_model(model, LoraConfig(bias="all", **options))
+    before = get_peft_model_state_dict(wrapped)
+    assert {"base_model.model.0.base_layer.bias", "base_model.model.2.weight"} < before.keys()
+    wrapped.add_adapter(other, LoraConfig(**options))
+    after = get_peft_model_state_dict(wrapped)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    own = get_peft_model_state_dict(wrapped, adapter_name=other)
+    assert own.keys() == {key for key in before if "base_layer" not in key and "original_module" not in key}
 
 
 def test_save_refusals(tmp_path: Path) -> None:
