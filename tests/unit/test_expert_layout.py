@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from qlora_engine.architecture import read_architecture
 from qlora_engine.checkpoint import Checkpoint
-from qlora_engine.expert_layout import expert_slabs
+from qlora_engine.expert_layout import expert_module, expert_slabs
 from qlora_engine.expert_stack import is_stack
 from tests.parity.releases import since
 
@@ -107,3 +107,15 @@ def test_what_does_not_fill_the_parameter_is_left_out(change: str, make_checkpoi
     assert gone == {"model.layers.0.mlp.experts.down_proj"}
     assert all(whole[n] == slab for n, slab in left.items())
     assert dataclasses.replace(whole[name], expert=1) in whole.values()
+
+
+def test_a_path_that_means_an_expert(make_checkpoint: Any) -> None:
+    folder = make_checkpoint("qwen3_moe")
+    architecture = read_architecture(folder, Checkpoint.open(folder).config)
+    stack = "model.layers.0.mlp.experts.down_proj"
+    found = expert_module(architecture, f"{stack}.3")
+    assert found is not None
+    assert found[0] == stack
+    assert (found[1].path, found[1].kind, found[1].shape) == (f"{stack}.3", "linear", (64, 32))
+    for path in (f"{stack}.4", f"{stack}.x", stack, "model.layers.0.self_attn.q_proj.weight.0", "nothing.0"):
+        assert expert_module(architecture, path) is None

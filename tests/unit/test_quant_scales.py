@@ -147,6 +147,23 @@ def test_multipliers_are_those_that_are_tried():
 # Double quantisation
 
 
+def test_dynamic_map_is_as_it_was_defined():
+    """Dettmers 2016: 2**e means of equal parts of [0.1, 1], times 10**(e - 6), both signs; 0 and 1."""
+    values = [0.0, 1.0]
+    for e in range(7):
+        parts = 2**e
+        means = [0.1 + 0.9 * (i + 0.5) / parts for i in range(parts)]
+        values += [sign * mean * 10.0 ** (e - 6) for mean in means for sign in (1, -1)]
+    torch.testing.assert_close(
+        dynamic_map().double(), torch.tensor(sorted(values)).double(), rtol=1e-6, atol=0
+    )
+
+
+def test_the_plain_layout_is_the_default():
+    scales = torch.rand(300) + 0.5
+    assert torch.equal(double_quantize(scales).map, dynamic_map())
+
+
 def test_dynamic_map_is_ascending_and_has_zero_and_one():
     mapping = dynamic_map()
     assert mapping.shape == (256,)

@@ -1,6 +1,7 @@
 """quant.tensor: quantise, encode, decode, the fields' checks and the state dict."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -230,3 +231,21 @@ def test_values_beyond_float16_are_refused_in_every_kind_of_format(name: str, sc
         else:
             assert quantize(w.half(), QuantSpec(name), scales=scales).dequantize().isfinite().all()
     assert beyond > 0 or (scales == "absmax" and not name.startswith("u"))  # whose largest value is a level
+
+
+def test_an_offset_may_have_come_with_a_dimension():
+    q = quantize(torch.randn(40, 64), QuantSpec("nf4", 64, double_quant=True))
+    tensors = {**q.state_dict(), "nested_offset": q.nested_offset.reshape(1)}
+    again = QuantizedTensor.from_state_dict(tensors, q.shape, q.dtype, q.spec)
+    assert again.nested_offset.shape == ()
+    assert torch.equal(again.dequantize(), q.dequantize())
+
+
+def test_quantised_weights_are_told_apart_by_identity_and_are_not_changed():
+    w = torch.randn(4, 64)
+    one, other = quantize(w, QuantSpec("nf4")), quantize(w, QuantSpec("nf4"))
+    assert one == one
+    assert one != other
+    assert len({one, other}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.codes = other.codes

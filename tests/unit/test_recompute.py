@@ -53,9 +53,44 @@ def test_auto_recomputes_as_few_layers_as_the_budget_needs(model: Any) -> None:
         assert all(total > available for total in totals[: chosen.recomputed])
 
 
+def test_the_figures_are_those_of_the_model(model: Any) -> None:
+    found = planned(model, recompute=1, optimizer_bytes=3, available=10**9, packed=torch.float32)
+    tensors = [*model.parameters(), *model.buffers()]
+    trained = [tensor for tensor in tensors if tensor.requires_grad]
+    assert found.weights == sum(tensor.nbytes for tensor in tensors if not tensor.requires_grad)
+    assert found.adapter == sum((4 + 4 + 3) * tensor.numel() for tensor in trained)
+    assert found.workspace == 4 * 64 * 96  # the largest quantised weight in float32
+    assert found.mask > 0
+    parts = (found.weights, found.adapter, found.activations, found.mask, found.loss, found.workspace)
+    assert found.total == found.to_json()["total"] == sum(parts)
+    shown = {line[:48].rstrip(): line.split()[-2] for line in found.lines()}
+    assert shown["available"] == "0.93"
+    assert "available" not in {line[:48].rstrip() for line in planned(model).lines()}
+    assert planned(model).mask == 0
+
+
+def test_the_head_s_dtype_is_the_logits(model: Any) -> None:
+    head = model.get_base_model().lm_head
+    whole = planned(model, loss_function="").loss
+    head.to(torch.bfloat16)
+    assert planned(model, loss_function="").loss != whole
+
+
+def test_unwrapped_is_transformers_model(model: Any, make_model: Any) -> None:
+    assert recompute.unwrapped(model) is model.get_base_model()
+    plain = make_model("llama")
+    assert recompute.unwrapped(plain) is plain
+
+
 def test_too_small_a_budget_names_the_options_to_change(model: Any) -> None:
     with pytest.raises(InputError, match=r"--batch-size or --max-length"):
         planned(model, recompute="auto", available=1000)
+    least = planned(model, recompute="full").total
+    assert planned(model, recompute="auto", available=least).recomputed == planned(model).layers
+    with pytest.raises(
+        InputError, match=r"a step needs [1-9][\d.]+ MiB .* layer recomputed, [1-9][\d.]+ MiB"
+    ):
+        planned(model, recompute="auto", available=least - 1)
     with pytest.raises(InputError, match="allowed: 0 to"):
         planned(model, recompute=99)
 

@@ -33,6 +33,28 @@ def test_rows_see_themselves_alone() -> None:
     assert packed_mask(torch.arange(3)[None], torch.float16).min() == torch.finfo(torch.float16).min
 
 
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 100])
+def test_a_mask_has_the_bytes_that_are_planned(length: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        mask = packed_mask(torch.arange(length).expand(3, length), dtype)
+        assert packed_rows.mask_bytes(3, length, dtype) == mask.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError])
+def test_a_model_that_takes_no_positions_takes_no_mask(
+    error: type[Exception], make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama").train()
+    assert takes_packed_mask(model)
+
+    def forward(**inputs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(model, "forward", forward)
+    assert not takes_packed_mask(model)
+    assert model.training
+
+
 def batch() -> dict[str, Any]:
     rows = [Example(ids, ids) for ids in ROWS]
     return Collator(0, packed=True)([rows, rows[1:]])
