@@ -47,11 +47,11 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def _on_cpu() -> bool:
-    """Whether this torch multiplies float8 on a CPU: 2.6 does not."""
-    x, one = torch.zeros(MULTIPLE, MULTIPLE).to(torch.float8_e4m3fn), torch.ones(())
+    """Whether torch multiplies float8 with a scale a row on this CPU: 2.6 does not, 2.11 not on every one."""
+    x, ones = torch.zeros(MULTIPLE, MULTIPLE).to(torch.float8_e4m3fn), torch.ones(MULTIPLE, 1)
     try:
-        torch._scaled_mm(x, x.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
-    except NotImplementedError:
+        torch._scaled_mm(x, x.t(), scale_a=ones, scale_b=ones.t(), out_dtype=torch.float32)
+    except RuntimeError:  # NotImplementedError among them
         return False
     return True
 
