@@ -111,7 +111,7 @@ def adapted(spec: QuantSpec, config: LoraConfig, names: list[str], *, bias: bool
 
 def masks(layer: Linear, x: Tensor, names: list[str], rate: float, *, fused_way: bool) -> list[Tensor]:
     """What each adapter's dropout multiplies its input by, drawn as the layer is about to draw it."""
-    state = torch.get_rng_state()
+    state, of_gpu = torch.get_rng_state(), torch.cuda.get_rng_state() if DEVICE == "cuda" else None
     found = []
     for _ in names:
         ones = torch.ones_like(x, dtype=torch.float32)
@@ -120,12 +120,16 @@ def masks(layer: Linear, x: Tensor, names: list[str], rate: float, *, fused_way:
         elif fused_way:
             mask = fused._dropped(ones, rate, int(torch.randint(fused._MAX_SEED, (), device="cpu")))
         else:
-            mask = torch.dropout(ones, rate, True)
+            mask = (torch.dropout(torch.ones_like(x), rate, True) != 0) / (
+                1.0 - rate
+            )  # of x's dtype: as drawn
             assert isinstance(layer.lora_dropout[names[0]], nn.Dropout)
         zero_or_scaled = torch.tensor([0.0, 1.0 / (1.0 - rate)], device=mask.device)
         assert torch.isin(mask, zero_or_scaled).all()
         found.append(mask.cpu().double())
     torch.set_rng_state(state)
+    if of_gpu is not None:
+        torch.cuda.set_rng_state(of_gpu)
     return found
 
 
