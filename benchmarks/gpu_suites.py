@@ -1,4 +1,4 @@
-"""Suites of ``benchmarks.speed`` for one token, float8, groups and whole checkpoints.
+"""Suites of ``benchmarks.speed`` for kernels, float8, the solver and whole checkpoints.
 
 Every suite first compares what it times with the reference, and times nothing that is wrong.
 """
@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import speed
+from benchmarks import bench, layer_suites
+from benchmarks.bench import Row
 from benchmarks.gpu import measure, synchronize
 from quant import fp8, small
 from quant.spec import QuantSpec
 from quant.tensor import quantize
-
-Row = dict[str, Any]
 
 
 def _agree(what: str, got: Tensor, want: Tensor, bound: float) -> None:
@@ -32,25 +31,67 @@ def _agree(what: str, got: Tensor, want: Tensor, bound: float) -> None:
         raise SystemExit(f"{what}: {error:.2g} off the reference (allowed {bound:g}); nothing is timed")
 
 
+def suite_dequant() -> list[Row]:
+    """Decode and encode 4096 x 14336."""
+    from quant.backends import triton_kernels
+
+    weight = torch.randn(bench.SIZES.hidden, bench.SIZES.width, device=bench.device(), dtype=torch.bfloat16)
+    q = quantize(weight, bench.SPEC)
+    out, source = torch.empty_like(weight), torch.randn_like(weight)
+    moved = q.nbytes + out.nbytes
+    rows = []
+    copy = measure(lambda: out.copy_(source), calls=10)
+    rows.append(bench.row("dequant", "copy", copy, TB_s=2 * out.nbytes / copy.median / 1e9))
+    nested = (q.nested_scales, q.nested_offset, q.nested_map)
+    fields: tuple[Any, ...] = (q.codes, q.scales, None, nested, bench.SPEC.fmt, 64, 0, out)
+    ours = measure(lambda: triton_kernels.dequantize_nested(*fields), calls=10)
+    rows.append(bench.row("dequant", "ours, nested", ours, TB_s=moved / ours.median / 1e9))
+    for name in ("nf4", "nf3", "nf2", "int8", "uint4"):
+        other = quantize(weight, QuantSpec(name))
+        args = (other.codes, other.scales, other.zeros, other.spec.fmt, 64, 0, out)
+        timing = measure(lambda args=args: triton_kernels.dequantize(*args), calls=10)
+        speed = (other.nbytes + out.nbytes) / timing.median / 1e9
+        rows.append(bench.row("dequant", f"ours, {name}", timing, TB_s=speed))
+    encoded = weight.nbytes + q.codes.nbytes + 4 * q.scales.numel()
+    ours = measure(lambda: triton_kernels.quantize(weight, bench.SPEC.fmt, 64), calls=10)
+    rows.append(bench.row("dequant", "ours, encode", ours, TB_s=encoded / ours.median / 1e9))
+    grid = [0.6 + 0.03 * i for i in range(19)]
+    base = q.dense_scales()
+    multipliers = grid + [-m for m in grid]
+    search = measure(
+        lambda: triton_kernels.search_scales(weight, bench.SPEC.fmt, 64, base, multipliers, None), graph=False
+    )
+    rows.append(bench.row("dequant", "ours, signed scale search", search))
+    if bench.peer("bitsandbytes"):
+        import bitsandbytes.functional as bnb
+
+        codes, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        theirs = measure(lambda: bnb.dequantize_4bit(codes, state, out=out), calls=10)
+        rows.append(bench.row("dequant", "bitsandbytes, nested", theirs, TB_s=moved / theirs.median / 1e9))
+        theirs = measure(lambda: bnb.quantize_4bit(weight, quant_type="nf4"), graph=False)
+        rows.append(bench.row("dequant", "bitsandbytes, encode", theirs, TB_s=encoded / theirs.median / 1e9))
+    return rows
+
+
 def suite_small() -> list[Row]:
     """One token: decode and multiply, bitsandbytes' GEMV, and dense."""
     rows: list[Row] = []
-    for shape in speed.SIZES.small_shapes:
-        weight = torch.randn(shape, device=speed.device(), dtype=torch.bfloat16)
-        q = quantize(weight, speed.SPEC)
+    for shape in bench.SIZES.small_shapes:
+        weight = torch.randn(shape, device=bench.device(), dtype=torch.bfloat16)
+        q = quantize(weight, bench.SPEC)
         dense = q.dequantize(torch.bfloat16)
-        x = torch.randn(1, shape[1], device=speed.device(), dtype=torch.bfloat16)
+        x = torch.randn(1, shape[1], device=bench.device(), dtype=torch.bfloat16)
         case = {"shape": "x".join(map(str, shape)), "tokens": 1}
         calls: dict[str, Callable[[], object]] = {
             "dense": lambda x=x, W=dense: x @ W.t(),
             "decode and multiply": lambda x=x, q=q: x @ q.dequantize(torch.bfloat16).t(),
         }
-        if speed.peer("bitsandbytes"):
+        if bench.peer("bitsandbytes"):
             y = small.multiply(x, q, None)
             if y is not None:
                 _agree("bitsandbytes' GEMV", y, x @ dense.t(), 1e-2)
                 calls["bitsandbytes GEMV"] = lambda x=x, q=q: small.multiply(x, q, None)
-        found = [speed.row("small", what, measure(call, calls=10), **case) for what, call in calls.items()]
+        found = [bench.row("small", what, measure(call, calls=10), **case) for what, call in calls.items()]
         for line in found:
             line["x dense"] = line["ms"] / found[0]["ms"]
         rows += found
@@ -59,19 +100,19 @@ def suite_small() -> list[Row]:
 
 def suite_fp8() -> list[Row]:
     """Float8 products: the parts, and the MLP and one Linear forward and backward beside bfloat16."""
-    reason = fp8.unavailable(torch.device(speed.device()))
+    reason = fp8.unavailable(torch.device(bench.device()))
     if reason is not None:
         print(f"fp8 is left out: {reason}", flush=True)
         return []
     rows: list[Row] = []
-    hidden, width = speed.SIZES.hidden, speed.SIZES.width
-    weight = torch.randn(width, hidden, device=speed.device(), dtype=torch.bfloat16)
-    q = quantize(weight, speed.SPEC)
+    hidden, width = bench.SIZES.hidden, bench.SIZES.width
+    weight = torch.randn(width, hidden, device=bench.device(), dtype=torch.bfloat16)
+    q = quantize(weight, bench.SPEC)
     dense = q.dequantize(torch.bfloat16)
-    tokens = speed.SIZES.tokens[-1]
-    x = torch.randn(tokens, hidden, device=speed.device(), dtype=torch.bfloat16)
-    buffer = torch.empty(width, hidden, device=speed.device(), dtype=torch.float8_e4m3fn)
-    turned = torch.empty(hidden, width, device=speed.device(), dtype=torch.float8_e4m3fn)
+    tokens = bench.SIZES.tokens[-1]
+    x = torch.randn(tokens, hidden, device=bench.device(), dtype=torch.bfloat16)
+    buffer = torch.empty(width, hidden, device=bench.device(), dtype=torch.float8_e4m3fn)
+    turned = torch.empty(hidden, width, device=bench.device(), dtype=torch.float8_e4m3fn)
     y = fp8.multiply(x, q, None, buffer)
     _agree("float8 product", y, x @ dense.t(), 0.06)
     _agree("float8 dX", fp8.multiply_transposed(y, q, turned), y @ dense, 0.06)
@@ -99,10 +140,12 @@ def suite_fp8() -> list[Row]:
         ("gradients to float8", lambda: fp8.quantize_rows(y, scales.new_ones(width))),
     ]
     for what, call in parts:
-        rows.append(speed.row("fp8", what, measure(call, calls=4), tokens=tokens))
+        rows.append(bench.row("fp8", what, measure(call, calls=4), tokens=tokens))
     del parts
-    for suite, make in (("linear", speed.DenseLinear), ("mlp", speed.DenseMlp)):
-        rows += speed.compare_module("fp8", make, speed.SIZES.tokens[1:], compute="fp8", label=f"{suite}: ")
+    for suite, make in (("linear", layer_suites.DenseLinear), ("mlp", layer_suites.DenseMlp)):
+        rows += layer_suites.compare_module(
+            "fp8", make, bench.SIZES.tokens[1:], compute="fp8", label=f"{suite}: "
+        )
     return rows
 
 
@@ -111,22 +154,22 @@ def suite_group() -> list[Row]:
     from qlora_engine.inits import initialise, initialise_many
 
     rows: list[Row] = []
-    rank = speed.SIZES.solver_rank
+    rank = bench.SIZES.solver_rank
     settings: dict[str, Any] = {"method": "loftq", "rank": rank, "spec": QuantSpec(), "iters": 5}
 
     def together(weights: list[Tensor]) -> list[float]:
         return [found.error for found in initialise_many(weights, [None] * len(weights), **settings)]
 
-    for shape in speed.SIZES.solver_shapes:
-        weights = [torch.randn(shape, device=speed.device()) for _ in range(speed.SIZES.group)]
+    for shape in bench.SIZES.solver_shapes:
+        weights = [torch.randn(shape, device=bench.device()) for _ in range(bench.SIZES.group)]
         alone = [initialise(weight, **settings).error for weight in weights]
         worst = max(a / b for a, b in zip(together(weights), alone, strict=True))
         if worst > 1.0005:
             raise SystemExit(f"together the error is {worst:.5f} times that of one alone; nothing is timed")
         line: Row = {"suite": "group", "what": "x".join(map(str, shape)), "error / alone": worst}
-        line["alone s"] = speed.seconds(partial(initialise, weights[0], **settings), 3)
+        line["alone s"] = bench.seconds(partial(initialise, weights[0], **settings), 3)
         for count in sorted({2, len(weights) // 2, len(weights)} - {1}):
-            line[f"{count} together, s each"] = speed.seconds(partial(together, weights[:count]), 3) / count
+            line[f"{count} together, s each"] = bench.seconds(partial(together, weights[:count]), 3) / count
         rows.append(line)
     return rows
 
@@ -142,17 +185,17 @@ def suite_checkpoint() -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
         source = Path(scratch) / "model"
         began = time.perf_counter()
-        size = synthetic_checkpoint(source, speed.SIZES)
+        size = synthetic_checkpoint(source, bench.SIZES)
         written = time.perf_counter() - began
         checkpoint = Checkpoint.open(source)
         architecture = read_architecture(source, checkpoint.config)
-        options = InitOptions(rank=speed.SIZES.solver_rank, iters=5, together=True)
+        options = InitOptions(rank=bench.SIZES.solver_rank, iters=5, together=True)
         plan = make_plan(checkpoint, architecture, options)
         began = time.perf_counter()
         for entry in checkpoint.tensors.values():
             entry.read()
         read = time.perf_counter() - began
-        device = torch.device(speed.device(), 0) if speed.device() == "cuda" else torch.device("cpu")
+        device = torch.device(bench.device(), 0) if bench.device() == "cuda" else torch.device("cpu")
         solved: dict[int, float] = {}
         for window in (1 << 28, 1 << 30):  # weights that are solved together; the first is the default
             began = time.perf_counter()
@@ -188,13 +231,13 @@ def suite_recipe() -> list[Row]:
     from qlora_engine.plan import make_plan
     from qlora_engine.solve import SolvedLayer, solve_layer
 
-    tiny = speed.SIZES is speed.TINY
-    small = replace(speed.SIZES, hidden=576, width=1536, kv=192, head=64, layers=30, vocabulary=2048)
-    large = replace(speed.SIZES, layers=2, vocabulary=2048)
+    tiny = bench.SIZES is bench.TINY
+    small = replace(bench.SIZES, hidden=576, width=1536, kv=192, head=64, layers=30, vocabulary=2048)
+    large = replace(bench.SIZES, layers=2, vocabulary=2048)
     models = {"SmolLM2-135M": (small, 30), "Llama-3-8B": (large, 32)}
     if tiny:
-        models = {"tiny": (speed.SIZES, speed.SIZES.layers)}
-    device = torch.device(speed.device(), 0) if speed.device() == "cuda" else torch.device("cpu")
+        models = {"tiny": (bench.SIZES, bench.SIZES.layers)}
+    device = torch.device(bench.device(), 0) if bench.device() == "cuda" else torch.device("cpu")
     rows: list[Row] = []
     for name, (sizes, layers) in models.items():
         with tempfile.TemporaryDirectory(prefix="recipe-") as scratch:
@@ -202,7 +245,7 @@ def suite_recipe() -> list[Row]:
             synthetic_checkpoint(source, sizes)
             checkpoint = Checkpoint.open(source)
             architecture = read_architecture(source, checkpoint.config)
-            rank = 4 if tiny else speed.RANK
+            rank = 4 if tiny else bench.RANK
             options = InitOptions(method="recipe-fast", scales="signed-mse", rank=rank)
             plan = make_plan(checkpoint, architecture, options)
             generator = torch.Generator().manual_seed(0)
@@ -236,7 +279,7 @@ def suite_recipe() -> list[Row]:
     return rows
 
 
-def synthetic_checkpoint(folder: Path, sizes: speed.Sizes) -> int:
+def synthetic_checkpoint(folder: Path, sizes: bench.Sizes) -> int:
     """A Llama of these sizes with random bf16 weights, a shard a layer; bytes written."""
     from safetensors.torch import save_file
 
@@ -273,7 +316,7 @@ def synthetic_checkpoint(folder: Path, sizes: speed.Sizes) -> int:
 
     def random(shape: tuple[int, ...]) -> Tensor:
         # drawn on the device: a CPU needs minutes for 8e9 normal numbers
-        return (torch.randn(shape, device=speed.device()) * 0.02).to(torch.bfloat16).cpu()
+        return (torch.randn(shape, device=bench.device()) * 0.02).to(torch.bfloat16).cpu()
 
     def save(name: str, tensors: dict[str, Tensor]) -> None:
         nonlocal total
@@ -296,3 +339,47 @@ def synthetic_checkpoint(folder: Path, sizes: speed.Sizes) -> int:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
+
+
+def suite_solver() -> list[Row]:
+    """LoftQ, rank 64, 5 iterations, against exact SVDs and PEFT's algorithm."""
+    from qlora_engine import inits
+
+    rows = []
+    for shape in bench.SIZES.solver_shapes:
+        weight = torch.randn(shape, device=bench.device())
+        case = "x".join(map(str, shape))
+
+        def solve(svd: str, weight: Tensor = weight) -> Any:
+            return inits.initialise(
+                weight,
+                method="loftq",
+                spec=QuantSpec(),
+                rank=bench.SIZES.solver_rank,
+                iters=5,
+                scales="absmax",
+                svd=svd,
+            )
+
+        error = {svd: float(solve(svd).error) for svd in ("fast", "exact")}
+        taken = {svd: bench.seconds(lambda svd=svd: solve(svd), 5 if svd == "fast" else 1) for svd in error}
+        peft = None
+        if bench.peer("peft") and bench.peer("bitsandbytes"):
+            from peft.utils.loftq_utils import loftq_init
+
+            peft = bench.seconds(
+                lambda weight=weight: loftq_init(weight, num_bits=4, reduced_rank=64, num_iter=5), 1
+            )
+        rows.append(
+            {
+                "suite": "solver",
+                "what": case,
+                "ours s": taken["fast"],
+                "exact SVD s": taken["exact"],
+                "PEFT s": peft,
+                "x faster than PEFT": None if peft is None else peft / taken["fast"],
+                "error": error["fast"],
+                "error / exact": error["fast"] / error["exact"],
+            }
+        )
+    return rows

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import speed
+from benchmarks import bench
 from benchmarks.common import ROOT, save, table
 from benchmarks.finetune import byte_tokenizer
 from benchmarks.gpu_suites import synthetic_checkpoint
@@ -38,8 +38,8 @@ from benchmarks.real_models import python_topics
 Row = dict[str, Any]
 SUITES = ("init", "finetune", "large")
 WARM = 4  # steps: kernels are compiled, graphs captured
-LARGE = replace(speed.SIZES, hidden=8192, width=28672, layers=80)
-TINY = replace(speed.TINY, vocabulary=512)
+LARGE = replace(bench.SIZES, hidden=8192, width=28672, layers=80)
+TINY = replace(bench.TINY, vocabulary=512)
 APART = 0.02  # nats: bfloat16, and sums in another order
 
 
@@ -117,7 +117,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def suite_init(scratch: Path, sizes: speed.Sizes, counts: list[int], rank: int) -> list[Row]:
+def suite_init(scratch: Path, sizes: bench.Sizes, counts: list[int], rank: int) -> list[Row]:
     """Disk to disk with one GPU and with several; the first output stays for the next suite."""
     rows: list[Row] = []
     alone: dict[str, str] = {}
@@ -211,7 +211,7 @@ def _short(row: Row) -> Row:
     return row | {"first loss": losses[0], "last loss": losses[-1]}
 
 
-def suite_large(scratch: Path, sizes: speed.Sizes, count: int, steps: int, length: int) -> list[Row]:
+def suite_large(scratch: Path, sizes: bench.Sizes, count: int, steps: int, length: int) -> list[Row]:
     """A model that one small GPU cannot hold, sharded; PEFT reads the adapter again."""
     source, one, model = scratch / "block", scratch / "block4", scratch / "large"
     synthetic_checkpoint(source, replace(sizes, layers=1))
@@ -307,11 +307,11 @@ def main(argv: list[str] | None = None) -> int:
         scratch = Path(folder)
         (scratch / "text.txt").write_text(python_topics())
         if "large" not in arguments.suites or len(arguments.suites) > 1:
-            synthetic_checkpoint(scratch / "model", TINY if arguments.tiny else speed.SIZES)
+            synthetic_checkpoint(scratch / "model", TINY if arguments.tiny else bench.SIZES)
             byte_tokenizer(scratch / "model", 512)
             _free()
-            rank = 4 if arguments.tiny else speed.SIZES.solver_rank
-            rows += suite_init(scratch, speed.SIZES, counts if "init" in arguments.suites else [1], rank)
+            rank = 4 if arguments.tiny else bench.SIZES.solver_rank
+            rows += suite_init(scratch, bench.SIZES, counts if "init" in arguments.suites else [1], rank)
         if "finetune" in arguments.suites:
             rows += suite_finetune(scratch, counts, steps, length)
         if "large" in arguments.suites:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import common, speed
+from benchmarks import bench, common, speed
 
 # Suite and about how many seconds it should take on an H100, compilation included: estimates, to decide what
 # still fits, not measured yet.
@@ -40,7 +40,7 @@ def run_all(out: Path, seconds: float, *, tiny: bool) -> dict[str, str]:
     """Run what fits; what became of each suite: "done", "left out", or its error."""
     began = time.perf_counter()
     outcome: dict[str, str] = {}
-    with speed.sized(tiny):
+    with bench.sized(tiny):
         speed.check()
         for name, estimate in ESTIMATES.items():
             left = seconds - (time.perf_counter() - began)

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import common, gpu_suites, speed, speed_all
+from benchmarks import bench, common, gpu_suites, speed, speed_all
 from qlora_engine import fused
 from quant import fp8
 
@@ -33,7 +33,7 @@ def test_a_suite_runs_at_small_sizes(suite: str, tmp_path: Path, capsys: pytest.
     assert all(0 < value < 1e6 for value in timed)
     if suite in ("linear", "small"):
         assert all(row["x dense"] > 0 for row in rows if "dense" in row["what"])
-    assert speed.SIZES is not speed.TINY
+    assert bench.SIZES is not bench.TINY
     assert fused.on_gpu(torch.zeros(1)) is False
 
 
@@ -49,13 +49,13 @@ def test_without_a_gpu_it_says_what_it_needs(capsys: pytest.CaptureFixture[str])
 def test_a_peer_that_is_missing_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
-    assert not speed.peer("bitsandbytes")
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    assert not bench.peer("bitsandbytes")
     assert capsys.readouterr().err == "bitsandbytes is not installed: its rows are left out\n"
 
 
 def test_all_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails() -> list[speed.Row]:
+    def fails() -> list[bench.Row]:
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(speed, "check", lambda: None)
@@ -76,10 +76,10 @@ def test_all_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_synthetic_checkpoint_is_one(tmp_path: Path) -> None:
     from qlora_engine import from_pretrained
 
-    with speed.sized(True):
-        size = gpu_suites.synthetic_checkpoint(tmp_path / "model", speed.SIZES)
+    with bench.sized(True):
+        size = gpu_suites.synthetic_checkpoint(tmp_path / "model", bench.SIZES)
     files = list((tmp_path / "model").glob("*.safetensors"))
-    assert len(files) == speed.TINY.layers + 1
+    assert len(files) == bench.TINY.layers + 1
     assert size < sum(file.stat().st_size for file in files) < size + 5000 * len(files)
     model = from_pretrained(tmp_path / "model")
     assert model(input_ids=torch.arange(5)[None]).logits.isfinite().all()
