@@ -11,6 +11,11 @@ from quant import QuantSpec, backends, formats, quantize
 from quant.backends import compiled
 
 CPU = torch.device("cpu")
+SERVED = [
+    name
+    for name in formats.names()
+    if "whose levels" not in str(compiled.unavailable(CPU, formats.get(name), 64))
+]
 needs_compiler = pytest.mark.skipif(
     compiled.unavailable(CPU, formats.get("nf4"), 64) is not None, reason="no C++ compiler on this machine"
 )
@@ -47,6 +52,22 @@ def test_compiled_equals_the_reference_in_every_format(
     for name in formats.names():
         if compiled.unavailable(CPU, formats.get(name), block_size) is None:
             check(QuantSpec(name, block_size, double_quant=block_size == 256), dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("rest", [0, 7])
+def test_the_loop_without_a_compiler_is_the_reference(
+    name: str, rest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is compiled, as it is written: pieces with and without something left over."""
+    monkeypatch.setattr(shutil, "which", lambda program: program)
+    monkeypatch.setattr(compiled, "_CHUNK", 1 << 10)
+    monkeypatch.setattr(compiled, "_loop", lambda *_: compiled._quantize_blocks)
+    weight = torch.randn(3 * (1 << 10) + rest)
+    weight[:64] = 0
+    found, expected = (quantize(weight, QuantSpec(name, 64), backend=b) for b in ("compiled", "reference"))
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[key], tensor), key
 
 
 def test_compiled_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
