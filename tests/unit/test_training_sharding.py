@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from qlora_engine import LoraConfig, PeftModel
+from qlora_engine.errors import InputError
+from qlora_engine.fingerprint import Fingerprint
+from qlora_engine.loading import from_pretrained
+from qlora_engine.training import sharding
+from qlora_engine.training.recompute import local
 from tests.parity.releases import since
 from tests.torchrun import run_script
 
@@ -157,3 +164,135 @@ def test_fp16_scales_sharded_gradients_as_it_does_copies(tmp_path: Path, make_ch
     again = start("shards", "shard", "resume")
     assert again["losses"] == shards["losses"]
     assert again["scales"] == shards["scales"][6:]
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A group of one: what sharding does, without torchrun."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Any) -> Path:
+    from qlora_engine.cli import loftq_init
+
+    out = tmp_path_factory.mktemp("sharded") / "base"
+    with pytest.raises(SystemExit) as ended:
+        loftq_init.main([str(make_checkpoint("llama")), str(out), "--rank", "4", "--bits", "3", "--quiet"])
+    assert ended.value.code in (0, None)
+    return out
+
+
+def sharded(folder: Path, adapter: Path | None, **options: Any) -> Any:
+    config = (
+        LoraConfig.from_pretrained(str(adapter)) if adapter else LoraConfig(r=4, target_modules="all-linear")
+    )
+    config.inference_mode = False
+    given = {"dtype": torch.float32, "device": torch.device("cpu"), **options}
+    return sharding.load_sharded(folder, config, adapter, **given)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_group_of_one_has_all_of_the_model(base: Path, tmp_path: Path) -> None:
+    adapter = base / "loftq_init"
+    model = sharded(base, adapter, embedding_on_host=True)
+    alone = PeftModel.from_pretrained(from_pretrained(base, dtype=torch.float32), str(adapter))
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, alone(input_ids=ids).logits)
+    # of a group of one the whole tensor is the parameter's own
+    weights = {name: tensor.clone() for name, tensor in sharding.adapter_weights(model).items()}
+    written = load_file(adapter / "adapter_model.safetensors")
+    assert weights.keys() == written.keys()
+    assert all(torch.equal(weights[name], written[name].float()) for name in written)
+    sharding.put_adapter(model, {name: 2 * tensor for name, tensor in weights.items()})
+    again = sharding.adapter_weights(model)
+    assert all(torch.equal(again[name], 2 * tensor) for name, tensor in weights.items())
+    sharding.save_adapter(model, tmp_path / "out", again)
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in again.items())
+    made_for, ours = (Fingerprint.read(folder) for folder in (adapter, tmp_path / "out"))
+    assert made_for is not None
+    assert ours is not None
+    assert ours.digests == made_for.digests
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_new_sharded_adapter_is_drawn_from_the_seed(base: Path) -> None:
+    first, same, other = (sharding.adapter_weights(sharded(base, None, seed=seed)) for seed in (3, 3, 4))
+    for name, tensor in first.items():
+        assert torch.equal(same[name], tensor)
+        if "lora_A" in name:
+            bound = 1 / tensor.shape[1] ** 0.5
+            assert bound / 2 < tensor.abs().max() <= bound
+            assert not torch.equal(other[name], tensor)
+        else:
+            assert not tensor.any()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_state_of_a_sharded_optimizer_comes_and_goes(base: Path) -> None:
+    trained = [p for p in sharded(base, None).parameters() if p.requires_grad]
+    first, second = (torch.optim.AdamW(trained, lr=0.1) for _ in range(2))
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    first.step()
+    state = sharding.optimizer_state(first)
+    values = [value for entry in state["state"].values() for value in entry.values()]
+    assert all(type(value) is torch.Tensor for value in values)
+    sharding.load_optimizer_state(second, state)
+    for parameter in trained:
+        for key, value in first.state[parameter].items():
+            assert torch.equal(local(second.state[parameter][key]), local(value))
+
+
+def _strange(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.nowhere.lora_A.weight"] = torch.ones(4, 4)
+    save_file(tensors, path)
+
+
+def _less(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors[min(tensors)]
+    save_file(tensors, path)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    ("spoil", "message"), [(_strange, "has no place for base_model.model.nowhere"), (_less, "no weights for")]
+)
+def test_a_sharded_adapter_that_does_not_fit(spoil: Any, message: str, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base / "loftq_init", tmp_path / "adapter")
+    spoil(tmp_path / "adapter")
+    with pytest.raises(InputError, match=message):
+        sharded(base, tmp_path / "adapter")
+
+
+@pytest.mark.usefixtures("one_process")
+def test_what_cannot_be_sharded(base: Path, make_checkpoint: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is dense; a model that is to be sharded"):
+        sharded(make_checkpoint("llama"), base / "loftq_init")
+    shutil.copytree(base / "loftq_init", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "modules_to_save": ["lm_head"]}))
+    with pytest.raises(InputError, match="LoRA factors alone; this adapter also has modules_to_save"):
+        sharded(base, tmp_path / "adapter")
+
+
+@pytest.mark.usefixtures("one_process")
+def test_an_adapter_of_another_base_is_told_of(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base / "loftq_init", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "quantization_fingerprint.json"
+    values = json.loads(path.read_text())
+    first = min(values["modules"])
+    values["modules"][first]["digest"] = "0" * 16
+    path.write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match=rf"another quantised base: 1 of \d+ .* {first}"):
+        sharded(base, tmp_path / "adapter")
