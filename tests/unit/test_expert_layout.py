@@ -14,6 +14,7 @@ from qlora_engine.architecture import read_architecture
 from qlora_engine.checkpoint import Checkpoint
 from qlora_engine.expert_layout import expert_module, expert_slabs
 from qlora_engine.expert_stack import is_stack
+from qlora_engine.stored_expert import expert_matrices
 from tests.parity.releases import since
 
 _SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
@@ -119,3 +120,25 @@ def test_a_path_that_means_an_expert(make_checkpoint: Any) -> None:
     assert (found[1].path, found[1].kind, found[1].shape) == (f"{stack}.3", "linear", (64, 32))
     for path in (f"{stack}.4", f"{stack}.x", stack, "model.layers.0.self_attn.q_proj.weight.0", "nothing.0"):
         assert expert_module(architecture, path) is None
+
+
+def test_an_expert_reads_like_a_tensor(make_checkpoint: Any) -> None:
+    """gate_up_proj is put together from two tensors, down_proj is one."""
+    folder = make_checkpoint("qwen3_moe")
+    checkpoint = Checkpoint.open(folder)
+    tensors = load_file(folder / "model.safetensors")
+    experts = {
+        entry.name: entry
+        for _, entry in expert_matrices(checkpoint, read_architecture(folder, checkpoint.config))[0]
+    }
+    whole, joined = (
+        experts[f"model.layers.1.mlp.experts.{name}.2"] for name in ("down_proj", "gate_up_proj")
+    )
+    parts = [tensors[f"model.layers.1.mlp.experts.2.{name}.weight"] for name in ("gate_proj", "up_proj")]
+    assert torch.equal(joined.read(), torch.cat(parts))
+    assert torch.equal(whole.read(), tensors["model.layers.1.mlp.experts.2.down_proj.weight"])
+    for entry in (whole, joined):
+        assert entry.read().is_contiguous()
+        assert (entry.shape, entry.nbytes) == (entry.read().shape, entry.read().nbytes)
+        assert entry.path == folder / "model.safetensors"
+        assert entry.sources == tuple(part.name for part, _ in entry.parts)

@@ -188,6 +188,43 @@ def test_several_dora_adapters_merge_to_what_forward_computes(quantised: bool) -
             torch.testing.assert_close(layer(x), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("order", [["p", "q"], ["q", "p"]])
+def test_a_bias_before_dora_is_scaled_with_the_rest(order: list[str]) -> None:
+    """What DoRA finds there it scales, the base's bias aside; what comes after it does not."""
+    model = make(
+        config(lora_bias=True, target_modules=["lin"]), config(use_dora=True, r=2, target_modules=["lin"])
+    )
+    layer = model.base_model.model.lin
+    layer.lora_B["p"].bias.data.fill_(0.5)
+    layer.lora_magnitude_vector["q"].weight.data *= 1.5  # else DoRA's gain is near 1
+    model.base_model.set_adapter(order)
+    x = torch.randn(3, 8, 64)
+    with torch.no_grad():
+        expected = layer(x)
+        layer.merge(adapter_names=order)
+        torch.testing.assert_close(layer(x), expected, **CLOSE)
+
+
+def test_a_merged_layer_has_a_bias_of_its_own() -> None:
+    model = make(loftq(QuantSpec("nf4"), target_modules=["lin"]))
+    before = tensors(model)
+    model.merge_adapter()
+    model.base_model.model.lin.get_base_layer().bias.data += 1
+    model.unmerge_adapter()
+    assert_same_bits(model, before)
+
+
+def test_the_last_adapter_is_named_where_only_the_sum_is_no_number() -> None:
+    model = make(*(config(target_modules=["lin"]) for _ in range(3)))
+    layer = model.base_model.model.lin
+    for name in ("p", "q", "s"):
+        layer.lora_A[name].weight.data.fill_(1e19)
+        layer.lora_B[name].weight.data.fill_(1e19)
+    with pytest.raises(ValueError, match="adapter s seems to be broken"):
+        layer.merge(safe_merge=True, adapter_names=["p", "q", "s"])
+    assert not layer.merged
+
+
 def test_disabled_adapters_give_the_base_even_when_merged() -> None:
     model = make(loftq(QuantSpec("nf4")))
     with model.disable_adapter():

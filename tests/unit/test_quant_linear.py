@@ -275,3 +275,15 @@ def test_weight_is_what_readers_expect() -> None:
     assert torch.equal(embedding(torch.tensor([3])), embedding.weight[3:4] * 2.0)
     assert "nf4, block_size=64" in repr(embedding)
     assert "in_features=128" in repr(module)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec("nf4", 64), QuantSpec("int8", 64, True)], ids=str)
+def test_a_weight_is_decoded_into_rows_that_lie_apart(spec: QuantSpec) -> None:
+    q = quantize(torch.randn(6, 128), spec)
+    tensors = tuple(getattr(q, name) for name in linear_op.TENSOR_NAMES)
+    weight = linear_op.Weight(tensors, spec, q.shape, "same")
+    room = torch.full((8, 200), torch.nan)
+    found = weight.decode(room[1:5, 40:168], first=2)
+    assert torch.equal(found, q.dequantize()[2:])
+    assert found.data_ptr() == room[1, 40:].data_ptr()
+    assert int(room.isnan().sum()) == room.numel() - found.numel()
