@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.backends.triton_kernels import on_device
+from quant.backends.triton_common import on_device
 
 _BLOCK = 1024
 

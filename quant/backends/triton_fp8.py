@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.backends.triton_kernels import _scale_of, interpreted, on_device
+from quant.backends.triton_common import interpreted, on_device, scale_of
 from quant.backends.triton_tile import GROUPS, Fields, layout, weight_tile
 from quant.formats import Format
 from quant.tables import tables
@@ -59,7 +59,7 @@ def _row_scales_kernel(
     for start in range(0, most_blocks, BLOCK):
         block = first + start + tl.arange(0, BLOCK)
         known = block <= last
-        scale = _scale_of(
+        scale = scale_of(
             block, known, scales_ptr, nested_scales_ptr, nested_offset_ptr, nested_map_ptr, NESTED
         )
         reach = tl.maximum(tl.abs(low), tl.abs(high)) + tl.zeros((BLOCK,), tl.float32)

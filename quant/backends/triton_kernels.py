@@ -1,27 +1,26 @@
 """Triton kernels for NVIDIA GPUs, and on a CPU under Triton's interpreter (TRITON_INTERPRET=1), for tests.
 
 One look-up kernel decodes every format and width, plain and nested scales, in one launch; one encodes every
-format; one searches scales. Products and sums are never contracted to fused multiply-adds
-(``enable_fp_fusion=False``), so codes and values equal the reference's to the bit.
+format (``search_scales`` is in triton_search.py). Products and sums are never contracted to fused
+multiply-adds (``enable_fp_fusion=False``), so codes and values equal the reference's to the bit.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 from __future__ import annotations
-
-import contextlib
-import os
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.backends.triton_common import TINY, interpreted, nearest_rank, on_device, scale_of, value_of
+from quant.backends.triton_search import search_scales
 from quant.formats import Format
 from quant.packing import packed_bytes
 from quant.tables import tables
 
-_TINY = tl.constexpr(1e-38)
+__all__ = ["dequantize", "dequantize_nested", "quantize", "search_scales", "unavailable"]
+
 # Bytes of packed codes that one thread-row decodes: 16 bf16 values (32 bytes) at 4 bits. Sweep on an H100,
 # 2026-11: 8 bytes x 256 rows x 4 warps moved 2.79 TB/s where a copy moved 2.94 and 4 bytes 2.75.
 _ROW_BYTES = {2: 4, 3: 3, 4: 8, 8: 16}
@@ -30,36 +29,11 @@ _QUANTIZE_TILE = 2048  # elements a program encodes; 32 blocks of 64, same sweep
 NestedScales = tuple[Tensor, Tensor, Tensor]
 
 
-def interpreted() -> bool:
-    """Whether Triton was asked to interpret kernels on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def unavailable(device: torch.device, fmt: Format, block_size: int) -> str | None:
     """Why these kernels can't serve such a tensor, or None."""
     if device.type == "cuda" or interpreted():
         return None
     return "needs CUDA"
-
-
-@triton.jit
-def _scale_of(
-    block, known, scales_ptr, nested_scales_ptr, nested_offset_ptr, nested_map_ptr, NESTED: tl.constexpr
-):
-    if NESTED:
-        code = tl.load(scales_ptr + block, mask=known, other=0).to(tl.int32)
-        outer = tl.load(nested_scales_ptr + block // 256, mask=known, other=0.0)
-        return tl.load(nested_map_ptr + code) * outer + tl.load(nested_offset_ptr)
-    else:
-        return tl.load(scales_ptr + block, mask=known, other=0.0)
-
-
-@triton.jit
-def _value(code, zero, scale, levels_ptr, AFFINE: tl.constexpr):
-    level = tl.load(levels_ptr + code)
-    if AFFINE:
-        level = level - zero
-    return level * scale
 
 
 @triton.jit
@@ -96,7 +70,7 @@ def _dequantize_kernel(
     at = local * WIDTH - skip  # where the row begins in `out`
     known = at < numel
     block = row * WIDTH // BLOCK_SIZE
-    scale = _scale_of(block, known, scales_ptr, nested_scales_ptr, nested_offset_ptr, nested_map_ptr, NESTED)
+    scale = scale_of(block, known, scales_ptr, nested_scales_ptr, nested_offset_ptr, nested_map_ptr, NESTED)
     if BITS == 3:
         zero = 0.0
         if AFFINE:
@@ -105,14 +79,14 @@ def _dequantize_kernel(
         word = tl.load(codes_ptr + byte, mask=known & (byte < n_bytes), other=0).to(tl.int32) << 16
         word |= tl.load(codes_ptr + byte + 1, mask=known & (byte + 1 < n_bytes), other=0).to(tl.int32) << 8
         word |= tl.load(codes_ptr + byte + 2, mask=known & (byte + 2 < n_bytes), other=0).to(tl.int32)
-        v0 = _value((word >> 21) & 7, zero, scale, levels_ptr, AFFINE).to(out_type)
-        v1 = _value((word >> 18) & 7, zero, scale, levels_ptr, AFFINE).to(out_type)
-        v2 = _value((word >> 15) & 7, zero, scale, levels_ptr, AFFINE).to(out_type)
-        v3 = _value((word >> 12) & 7, zero, scale, levels_ptr, AFFINE).to(out_type)
-        v4 = _value((word >> 9) & 7, zero, scale, levels_ptr, AFFINE).to(out_type)
-        v5 = _value((word >> 6) & 7, zero, scale, levels_ptr, AFFINE).to(out_type)
-        v6 = _value((word >> 3) & 7, zero, scale, levels_ptr, AFFINE).to(out_type)
-        v7 = _value(word & 7, zero, scale, levels_ptr, AFFINE).to(out_type)
+        v0 = value_of((word >> 21) & 7, zero, scale, levels_ptr, AFFINE).to(out_type)
+        v1 = value_of((word >> 18) & 7, zero, scale, levels_ptr, AFFINE).to(out_type)
+        v2 = value_of((word >> 15) & 7, zero, scale, levels_ptr, AFFINE).to(out_type)
+        v3 = value_of((word >> 12) & 7, zero, scale, levels_ptr, AFFINE).to(out_type)
+        v4 = value_of((word >> 9) & 7, zero, scale, levels_ptr, AFFINE).to(out_type)
+        v5 = value_of((word >> 6) & 7, zero, scale, levels_ptr, AFFINE).to(out_type)
+        v6 = value_of((word >> 3) & 7, zero, scale, levels_ptr, AFFINE).to(out_type)
+        v7 = value_of(word & 7, zero, scale, levels_ptr, AFFINE).to(out_type)
         # the axis joined last varies fastest, so pairs are joined four apart first
         even = tl.join(tl.join(v0, v4), tl.join(v2, v6))
         values = tl.join(even, tl.join(tl.join(v1, v5), tl.join(v3, v7)))
@@ -128,16 +102,16 @@ def _dequantize_kernel(
         else:
             word = tl.load(codes_ptr + byte, mask=known[:, None] & (byte < n_bytes), other=0).to(tl.int32)
         if BITS == 8:
-            values = _value(word, zero, scale, levels_ptr, AFFINE).to(out_type)
+            values = value_of(word, zero, scale, levels_ptr, AFFINE).to(out_type)
         elif BITS == 4:
-            v0 = _value(word >> 4, zero, scale, levels_ptr, AFFINE).to(out_type)
-            v1 = _value(word & 15, zero, scale, levels_ptr, AFFINE).to(out_type)
+            v0 = value_of(word >> 4, zero, scale, levels_ptr, AFFINE).to(out_type)
+            v1 = value_of(word & 15, zero, scale, levels_ptr, AFFINE).to(out_type)
             values = tl.join(v0, v1)
         else:
-            v0 = _value(word >> 6, zero, scale, levels_ptr, AFFINE).to(out_type)
-            v1 = _value((word >> 4) & 3, zero, scale, levels_ptr, AFFINE).to(out_type)
-            v2 = _value((word >> 2) & 3, zero, scale, levels_ptr, AFFINE).to(out_type)
-            v3 = _value(word & 3, zero, scale, levels_ptr, AFFINE).to(out_type)
+            v0 = value_of(word >> 6, zero, scale, levels_ptr, AFFINE).to(out_type)
+            v1 = value_of((word >> 4) & 3, zero, scale, levels_ptr, AFFINE).to(out_type)
+            v2 = value_of((word >> 2) & 3, zero, scale, levels_ptr, AFFINE).to(out_type)
+            v3 = value_of(word & 3, zero, scale, levels_ptr, AFFINE).to(out_type)
             values = tl.join(tl.join(v0, v2), tl.join(v1, v3))
     values = tl.reshape(values, (ROWS, WIDTH))
     element = at[:, None] + tl.arange(0, WIDTH)[None, :]
@@ -226,16 +200,6 @@ def _launch_dequantize(
 
 
 @triton.jit
-def nearest_rank(x, thresholds_ptr, BITS: tl.constexpr):
-    """Thresholds below x: a binary search, BITS gathers instead of 2**BITS comparisons."""
-    rank = tl.zeros_like(x).to(tl.int32)
-    for i in tl.static_range(BITS):
-        half = 1 << (BITS - 1 - i)
-        rank += tl.where(x > tl.load(thresholds_ptr + rank + (half - 1)), half, 0)
-    return rank
-
-
-@triton.jit
 def _half_even(v):
     """Round to nearest, ties to even, for 0 <= v < 2**22 (the interpreter has no libdevice)."""
     up = tl.floor(v + 0.5)
@@ -270,7 +234,7 @@ def _quantize_kernel(
     else:
         w = tl.load(weight_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
     one = tl.full((BLOCKS,), 1.0, tl.float32)
-    tiny = tl.full((BLOCKS,), _TINY, tl.float32)
+    tiny = tl.full((BLOCKS,), TINY, tl.float32)
     # max() may drop a NaN, and the caller finds bad weights by their scale
     bad = tl.max((w != w).to(tl.int32), 1) > 0
     short = (block + 1) * BLOCK_SIZE > numel
@@ -368,130 +332,3 @@ def quantize(weight: Tensor, fmt: Format, block_size: int) -> tuple[Tensor, Tens
             enable_fp_fusion=False,
         )
     return codes, scales, zeros
-
-
-@triton.jit
-def _search_kernel(
-    weight_ptr,
-    importance_ptr,
-    base_ptr,
-    scales_ptr,
-    thresholds_ptr,
-    sorted_levels_ptr,
-    multipliers_ptr,
-    n_multipliers,
-    numel,
-    n_blocks,
-    n_columns,
-    BITS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    IMPORTANCE: tl.constexpr,
-    REFINEMENTS: tl.constexpr,
-):
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # (BLOCKS,)
-    at = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
-    inside = at < numel
-    w = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    one = tl.full((BLOCKS,), 1.0, tl.float32)
-    tiny = tl.full((BLOCKS,), _TINY, tl.float32)
-    # in units of the block's absmax scale, where squares neither overflow nor vanish
-    base = tl.load(base_ptr + block, mask=block < n_blocks, other=0.0)
-    w = w * tl.div_rn(one, tl.where(tl.abs(base) < tiny, one, base))[:, None]
-    if IMPORTANCE:
-        h = tl.load(importance_ptr + at % n_columns, mask=inside, other=0.0)
-    else:
-        h = inside.to(tl.float32)
-    hw = h * w
-    best, best_gain = one, tl.zeros((BLOCKS,), tl.float32)
-    for i in range(n_multipliers):
-        s = one * tl.load(multipliers_ptr + i)
-        rank = nearest_rank(w * tl.div_rn(one, s)[:, None], thresholds_ptr, BITS)
-        c = tl.load(sorted_levels_ptr + rank)
-        num = tl.sum(hw * c, 1)
-        fit = tl.div_rn(num, tl.maximum(tl.sum(h * c * c, 1), tiny))
-        better = num * fit > best_gain
-        best_gain = tl.where(better, num * fit, best_gain)
-        best = tl.where(better, fit, best)
-    chosen, chosen_error = one, tl.full((BLOCKS,), float("inf"), tl.float32)
-    candidate = one
-    for i in tl.static_range(
-        REFINEMENTS + 1
-    ):  # the base first, then the best of the grid and its refinements
-        s = tl.where(tl.abs(candidate) < tiny, tl.where(candidate < 0.0, -tiny, tiny), candidate)
-        rank = nearest_rank(w * tl.div_rn(one, s)[:, None], thresholds_ptr, BITS)
-        c = tl.load(sorted_levels_ptr + rank)
-        residual = w - c * candidate[:, None]
-        error = tl.sum(h * residual * residual, 1)
-        better = error < chosen_error
-        chosen = tl.where(better, candidate, chosen)
-        chosen_error = tl.where(better, error, chosen_error)
-        if i == 0:
-            candidate = best
-        else:
-            den = tl.sum(h * c * c, 1)
-            candidate = tl.where(den > 0.0, tl.div_rn(tl.sum(hw * c, 1), tl.maximum(den, tiny)), candidate)
-    tl.store(scales_ptr + block, tl.where(chosen == 1.0, base, base * chosen), mask=block < n_blocks)
-
-
-def search_scales(
-    weight: Tensor,
-    fmt: Format,
-    block_size: int,
-    base: Tensor,
-    multipliers: list[float],
-    importance: Tensor | None,
-    refinements: int = 3,
-) -> Tensor:
-    """The scale of each block with the least (weighted) squared error, in one launch.
-
-    Args:
-        weight: Any shape, float; computed in float32.
-        fmt: Not affine.
-        block_size: Elements a block.
-        base: float32 (n_blocks,), the absmax rule's scales: also the first candidate.
-        multipliers: Of ``base``, of either sign, to try.
-        importance: float32, not negative: one an element, or (in_features,), one a column.
-        refinements: Least-squares fits after the grid.
-
-    Returns:
-        float32 (n_blocks,). Equal to the torch search but for the order of its sums.
-    """
-    flat = weight.reshape(-1)
-    table = tables(fmt, flat.device)
-    ranked = table.levels[table.order.int()]
-    scales = torch.empty_like(base)
-    if flat.numel() == 0:
-        return scales
-    blocks = max(1, _QUANTIZE_TILE // block_size)
-    weights = flat if importance is None else importance.reshape(-1).float().contiguous()
-    grid = torch.tensor(multipliers, dtype=torch.float32).to(flat.device, non_blocking=True)
-    with on_device(flat.device):
-        _search_kernel[(triton.cdiv(base.numel(), blocks),)](
-            flat,
-            weights,
-            base,
-            scales,
-            table.thresholds,
-            ranked,
-            grid,
-            grid.numel(),
-            flat.numel(),
-            base.numel(),
-            weights.numel(),
-            BITS=fmt.bits,
-            BLOCK_SIZE=block_size,
-            BLOCKS=blocks,
-            IMPORTANCE=importance is not None,
-            REFINEMENTS=refinements,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
-    return scales
-
-
-def on_device(device: torch.device) -> Any:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)

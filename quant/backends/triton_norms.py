@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.backends.triton_kernels import on_device
+from quant.backends.triton_common import on_device
 
 MOST_COLUMNS = 16384  # of a normalised row: it is held in registers as a whole
 _TILE = 2048  # elements a program of short rows normalises

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.backends.triton_kernels import nearest_rank, on_device
+from quant.backends.triton_common import nearest_rank, on_device
 
 _ROWS = 32  # rows of the weight a program: one a thread of its single warp, so that nothing is exchanged
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.backends.triton_kernels import _scale_of, _value
+from quant.backends.triton_common import scale_of, value_of
 from quant.formats import Format
 
 GROUPS = {2: 4, 3: 8, 4: 2, 8: 1}  # codes of the smallest whole number of bytes, by bits
@@ -57,7 +57,7 @@ def weight_tile(
     else:
         block = at // BLOCK_SIZE
         known = inside
-    scale = _scale_of(block, known, scales_ptr, nested_scales_ptr, nested_offset_ptr, nested_map_ptr, NESTED)
+    scale = scale_of(block, known, scales_ptr, nested_scales_ptr, nested_offset_ptr, nested_map_ptr, NESTED)
     zero = 0.0
     if AFFINE:
         zero = tl.load(zeros_ptr + block, mask=known, other=0).to(tl.float32) * (1.0 / (1 << (8 - BITS)))
@@ -67,35 +67,35 @@ def weight_tile(
         word = tl.load(codes_ptr + byte, mask=inside, other=0).to(tl.int32) << 8
         word |= tl.load(codes_ptr + byte + 1, mask=inside & (byte + 1 < n_bytes), other=0).to(tl.int32)
         code = (word >> (16 - BITS - (bit % 8).to(tl.int32))) & ((1 << BITS) - 1)
-        values = _value(code, zero, scale, levels_ptr, AFFINE)
+        values = value_of(code, zero, scale, levels_ptr, AFFINE)
     elif BITS == 3:
         byte = at // 8 * 3
         word = tl.load(codes_ptr + byte, mask=inside, other=0).to(tl.int32) << 16
         word |= tl.load(codes_ptr + byte + 1, mask=inside & (byte + 1 < n_bytes), other=0).to(tl.int32) << 8
         word |= tl.load(codes_ptr + byte + 2, mask=inside & (byte + 2 < n_bytes), other=0).to(tl.int32)
-        v0 = _value((word >> 21) & 7, zero, scale, levels_ptr, AFFINE)
-        v1 = _value((word >> 18) & 7, zero, scale, levels_ptr, AFFINE)
-        v2 = _value((word >> 15) & 7, zero, scale, levels_ptr, AFFINE)
-        v3 = _value((word >> 12) & 7, zero, scale, levels_ptr, AFFINE)
-        v4 = _value((word >> 9) & 7, zero, scale, levels_ptr, AFFINE)
-        v5 = _value((word >> 6) & 7, zero, scale, levels_ptr, AFFINE)
-        v6 = _value((word >> 3) & 7, zero, scale, levels_ptr, AFFINE)
-        v7 = _value(word & 7, zero, scale, levels_ptr, AFFINE)
+        v0 = value_of((word >> 21) & 7, zero, scale, levels_ptr, AFFINE)
+        v1 = value_of((word >> 18) & 7, zero, scale, levels_ptr, AFFINE)
+        v2 = value_of((word >> 15) & 7, zero, scale, levels_ptr, AFFINE)
+        v3 = value_of((word >> 12) & 7, zero, scale, levels_ptr, AFFINE)
+        v4 = value_of((word >> 9) & 7, zero, scale, levels_ptr, AFFINE)
+        v5 = value_of((word >> 6) & 7, zero, scale, levels_ptr, AFFINE)
+        v6 = value_of((word >> 3) & 7, zero, scale, levels_ptr, AFFINE)
+        v7 = value_of(word & 7, zero, scale, levels_ptr, AFFINE)
         # the axis joined last varies fastest, so pairs are joined four apart first
         even = tl.join(tl.join(v0, v4), tl.join(v2, v6))
         values = tl.join(even, tl.join(tl.join(v1, v5), tl.join(v3, v7)))
     else:
         word = tl.load(codes_ptr + at * BITS // 8, mask=inside, other=0).to(tl.int32)
         if BITS == 8:
-            values = _value(word, zero, scale, levels_ptr, AFFINE)
+            values = value_of(word, zero, scale, levels_ptr, AFFINE)
         elif BITS == 4:
-            v0 = _value(word >> 4, zero, scale, levels_ptr, AFFINE)
-            values = tl.join(v0, _value(word & 15, zero, scale, levels_ptr, AFFINE))
+            v0 = value_of(word >> 4, zero, scale, levels_ptr, AFFINE)
+            values = tl.join(v0, value_of(word & 15, zero, scale, levels_ptr, AFFINE))
         else:
-            v0 = _value(word >> 6, zero, scale, levels_ptr, AFFINE)
-            v1 = _value((word >> 4) & 3, zero, scale, levels_ptr, AFFINE)
-            v2 = _value((word >> 2) & 3, zero, scale, levels_ptr, AFFINE)
-            v3 = _value(word & 3, zero, scale, levels_ptr, AFFINE)
+            v0 = value_of(word >> 6, zero, scale, levels_ptr, AFFINE)
+            v1 = value_of((word >> 4) & 3, zero, scale, levels_ptr, AFFINE)
+            v2 = value_of((word >> 2) & 3, zero, scale, levels_ptr, AFFINE)
+            v3 = value_of(word & 3, zero, scale, levels_ptr, AFFINE)
             values = tl.join(tl.join(v0, v2), tl.join(v1, v3))
     return tl.reshape(values, (ROWS, COLUMNS))
 

@@ -29,7 +29,7 @@ ARITHMETIC = [
 NOT_ARITHMETIC = {"os", "io", "json", "pathlib", "shutil", "tempfile", "safetensors", "huggingface_hub"}
 NOT_ARITHMETIC |= {"click", "rich", "tqdm", "logging", "transformers", "accelerate"}
 ALLOWED_ALL_THE_SAME = {
-    "quant.backends.triton_kernels": {"os"},  # reads Triton's switch TRITON_INTERPRET
+    "quant.backends.triton_common": {"os"},  # reads Triton's switch TRITON_INTERPRET
     "quant.backends.compiled": {"shutil"},  # looks whether there is a C++ compiler
 }
 
