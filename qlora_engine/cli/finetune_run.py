@@ -142,5 +142,7 @@ def settings_of(options: dict[str, Any]) -> Any:
     names = {field.name for field in dataclasses.fields(Settings)}
     values = {name: value for name, value in options.items() if name in names}
     for name in ("data", "output", "validation"):
+        if "\0" in (values[name] or ""):
+            raise InputError(f"--{name} {values[name]!r}: no file can have that name")
         values[name] = None if values[name] is None else at_home(values[name])
     return Settings(**values)

@@ -90,7 +90,10 @@ def write_outcome(
 ) -> None:
     """The adapter under a temporary name first, then in place; then logs, a plot; the checkpoints last go."""
     unfinished = output / ".adapter.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if unfinished.is_dir() and not unfinished.is_symlink():
+        shutil.rmtree(unfinished)
+    else:
+        unfinished.unlink(missing_ok=True)
     save_adapter(model, unfinished, weights)
     for path in sorted(unfinished.iterdir()):
         path.replace(output / path.name)
