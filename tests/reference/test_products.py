@@ -120,9 +120,7 @@ def masks(layer: Linear, x: Tensor, names: list[str], rate: float, *, fused_way:
         elif fused_way:
             mask = fused._dropped(ones, rate, int(torch.randint(fused._MAX_SEED, (), device="cpu")))
         else:
-            mask = (torch.dropout(torch.ones_like(x), rate, True) != 0) / (
-                1.0 - rate
-            )  # of x's dtype: as drawn
+            mask = torch.dropout(ones, rate, True)  # of x in the factors' float32
             assert isinstance(layer.lora_dropout[names[0]], nn.Dropout)
         zero_or_scaled = torch.tensor([0.0, 1.0 / (1.0 - rate)], device=mask.device)
         assert torch.isin(mask, zero_or_scaled).all()
