@@ -67,8 +67,8 @@ _HOME: dict[str, str] = {
         "auto": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
         "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
         "AutoPeftModelForTokenClassification",
-        "adapter_state": "get_peft_model_state_dict set_peft_model_state_dict get_base_model_state_dict "
-        "set_base_model_state_dict load_peft_weights",
+        "adapter_state": "get_peft_model_state_dict set_peft_model_state_dict load_peft_weights",
+        "base_state": "get_base_model_state_dict set_base_model_state_dict",
         "compare": "error_report",
         "texts": "load_texts",
         "calibration": "Calibration calibrate",
