@@ -12,6 +12,7 @@ import os
 import re
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import packaging.version
@@ -19,6 +20,7 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers.utils import PushToHubMixin, http_user_agent
 
+from .files import read_json_object, write_text
 from .init_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig, as_subconfig
 from .patterns import why_slow
 
@@ -158,12 +160,7 @@ class PeftConfigMixin(PushToHubMixin):
         values = {k: sorted(v) if isinstance(v, set) else v for k, v in self.to_dict().items()}
         if auto_mapping is not None:
             values["auto_mapping"] = auto_mapping
-        path = os.path.join(save_directory, CONFIG_NAME)
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=2, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
+        write_text(Path(save_directory) / CONFIG_NAME, json.dumps(values, indent=2, sort_keys=True))
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> Any:
@@ -175,7 +172,7 @@ class PeftConfigMixin(PushToHubMixin):
         """
         config_cls = cls
         if "peft_type" in kwargs:
-            if kwargs["peft_type"] not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            if kwargs["peft_type"] not in list(PEFT_TYPE_TO_CONFIG_MAPPING):  # what a file has need not hash
                 known = ", ".join(t.value for t in PEFT_TYPE_TO_CONFIG_MAPPING)
                 raise KeyError(f"peft_type={kwargs['peft_type']!r} is not supported; supported: {known}")
             config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[kwargs["peft_type"]]
@@ -210,7 +207,8 @@ class PeftConfigMixin(PushToHubMixin):
             kwargs: hf_hub_download's arguments (``revision``, ``token``, ``cache_dir`` ...).
 
         Raises:
-            ValueError: there is no such file, or a field has a value that this engine does not implement.
+            ValueError: there is no such file, it holds no JSON object, or a field has a value that this
+                engine does not implement.
         """
         name = os.fspath(pretrained_model_name_or_path)
         hub_kwargs, class_kwargs, _ = cls._split_kwargs(kwargs)
@@ -231,9 +229,12 @@ class PeftConfigMixin(PushToHubMixin):
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
-        """The file's values as a dict, without a ``runtime_config`` (it is never valid on disk)."""
-        with open(path_json_file, encoding="utf-8") as file:
-            values: dict[str, Any] = json.load(file)
+        """The file's values as a dict, without a ``runtime_config`` (it is never valid on disk).
+
+        Raises:
+            InputError: a ValueError; the file holds no JSON object.
+        """
+        values = read_json_object(Path(path_json_file))
         if "runtime_config" in values:
             warnings.warn(
                 "The configuration file contains a `runtime_config` key. This is ignored. Runtime "
@@ -258,7 +259,11 @@ class PeftConfigMixin(PushToHubMixin):
     @classmethod
     def _get_peft_type(cls, model_id: str, **hub_kwargs: Any) -> str:
         subfolder = hub_kwargs.pop("subfolder", None)
-        return cls.from_json_file(cls._find_file(os.fspath(model_id), subfolder, hub_kwargs))["peft_type"]
+        path = cls._find_file(os.fspath(model_id), subfolder, hub_kwargs)
+        values = cls.from_json_file(path)
+        if "peft_type" not in values:
+            raise ValueError(f"{path} is no adapter's config: it has no peft_type")
+        return values["peft_type"]
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

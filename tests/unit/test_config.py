@@ -114,6 +114,30 @@ def test_a_file_that_is_no_adapter_config(tmp_path):
         LoraConfig.from_pretrained(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "adapter_config.json holds a list, not a JSON object"),
+        ("{", "adapter_config.json is not valid JSON"),
+        ("\xff", "adapter_config.json is not valid JSON"),
+    ],
+)
+def test_a_file_that_is_no_json_object(tmp_path, text, message):
+    (tmp_path / "adapter_config.json").write_text(text, encoding="latin1")
+    for read in (LoraConfig.from_pretrained, PeftConfig._get_peft_type):
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path)
+
+
+def test_a_type_of_adapter_that_is_no_text_or_missing(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": ["LORA"]}')
+    with pytest.raises(KeyError, match=r"peft_type=\['LORA'\] is not supported; supported: LORA"):
+        PeftConfig.from_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no adapter's config: it has no peft_type"):
+        PeftConfig._get_peft_type(tmp_path)
+
+
 def test_another_method_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
     with pytest.raises(KeyError, match="LOHA"):
