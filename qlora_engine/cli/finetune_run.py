@@ -21,7 +21,7 @@ _state: dict[str, Path] = {}
 
 def how_to_go_on() -> str:
     """What to add to an error once there is a checkpoint."""
-    from qlora_engine.training.trainer import COMPLETE
+    from qlora_engine.training.output import COMPLETE
 
     folder = _state.get("checkpoints")
     with contextlib.suppress(OSError):  # the name may be what was wrong

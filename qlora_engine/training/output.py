@@ -15,7 +15,8 @@ from qlora_engine.errors import InputError
 
 CHECKPOINTS = "checkpoints"
 SETTINGS_FILE = "settings.json"
-_OURS = re.compile(r"checkpoint-\d+|settings\.json(\.tmp)?|runs")  # runs: Trainer's event files
+COMPLETE = "complete.json"  # written last into a checkpoint: a folder without it was cut off
+_OURS = re.compile(r"checkpoint-\d+|settings\.json\.tmp|runs")  # runs: Trainer's event files
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
@@ -70,7 +71,10 @@ def check_not_foreign(checkpoints: Path) -> None:
 
 
 def clear_checkpoints(checkpoints: Path) -> None:
-    """Remove what a run has written into ``checkpoints``, its settings first, and nothing else.
+    """Remove what a run has written into ``checkpoints``, and nothing else.
+
+    Its settings stay until others are written in their place: killed meanwhile, it is still a run's folder.
+    The mark of a checkpoint goes first: one that is half removed is no checkpoint any more.
 
     Raises:
         InputError: it is not a run's.
@@ -78,11 +82,11 @@ def clear_checkpoints(checkpoints: Path) -> None:
     check_not_foreign(checkpoints)
     if not checkpoints.is_dir():
         return
-    (checkpoints / SETTINGS_FILE).unlink(missing_ok=True)
     for path in checkpoints.iterdir():
         if not _OURS.fullmatch(path.name):
             continue
         if path.is_dir() and not path.is_symlink():
+            (path / COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(path)
         else:
             path.unlink()

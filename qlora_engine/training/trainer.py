@@ -22,6 +22,7 @@ from qlora_engine.files import sync_file, write_json
 
 from .data import IGNORED
 from .gradients import average_gradients, share_parameters
+from .output import COMPLETE
 from .recompute import is_sharded
 from .sharding import (
     adapter_weights,
@@ -31,8 +32,6 @@ from .sharding import (
     save_adapter,
     whole,
 )
-
-COMPLETE = "complete.json"  # written last: a checkpoint folder without it was cut off
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

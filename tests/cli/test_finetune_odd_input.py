@@ -55,6 +55,7 @@ CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "co
         (("--scheduler", "polynomial", "--learning-rate", "1e-8"), "it must be above 1e-07, where that ends"),
         (("--sample", "\udc80 x"), "sample: character 0 is half of a surrogate pair"),
         (("--cuda-graphs", "on", "--device", "cpu"), "CUDA graphs need a CUDA GPU; allowed here: auto, off"),
+        (("--validation", "a\0b.txt"), "--validation 'a\\x00b.txt': no file can have that name"),
         (
             ("--resume", "--overwrite"),
             "--resume goes on with a run, --overwrite begins anew: give one of them",
@@ -140,6 +141,17 @@ def test_no_file_of_the_users_is_removed(
             assert "give another" in message
             assert (work / name / "thesis.txt").read_text() == "years of work"
             assert [path.name for path in work.iterdir()] == [name]
+
+
+def test_what_an_outcome_left_is_replaced(quantised: Path, rows: Path, tmp_path: Path) -> None:
+    """A file where a run puts its adapter together, and a folder of a run that was cut off there."""
+    for name, make in (("file", Path.touch), ("folder", Path.mkdir)):
+        output = tmp_path / name
+        output.mkdir()
+        make(output / ".adapter.unfinished")
+        assert invoke(quantised, "--data", rows, "--output", output, *SHORT)[0] == 0
+        assert not (output / ".adapter.unfinished").exists()
+        assert (output / "adapter_model.safetensors").is_file()
 
 
 def test_beginning_anew_removes_the_runs_own_files_alone(quantised: Path, rows: Path, tmp_path: Path) -> None:
@@ -328,3 +340,25 @@ def test_a_base_that_cannot_be_trained(
     assert message in refused(model, "--data", rows, "--output", output, *SHORT)
     assert not (output / "base").exists()
     assert not (output / "adapter_config.json").exists()
+
+
+def test_a_kill_while_beginning_anew_leaves_a_run(
+    quantised: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is taken of an old checkpoint without its mark, and the folder is still known for a run's."""
+    output = tmp_path / "adapter"
+    run = (quantised, "--data", rows, "--output", output, "--batch-size", "2", "--max-length", "48")
+    assert invoke(*run, "--max-steps", 2, "--save-every", 1)[0] == 0
+    whole = losses(output)
+
+    def stopped(path: Path) -> None:
+        (path / "adapter_model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_engine.training.output.shutil.rmtree", stopped)
+        assert invoke(*run, "--max-steps", 2, "--save-every", 1, "--overwrite")[0] == 130
+    left = {path.name for path in (output / "checkpoints").iterdir()}
+    assert left == {"checkpoint-1", "checkpoint-2", "settings.json"}
+    assert invoke(*run, "--max-steps", 2, "--save-every", 1, "--overwrite")[0] == 0
+    assert losses(output) == whole

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_engine.training.trainer import COMPLETE, latest_checkpoint, remove_old_checkpoints
+from qlora_engine.training.output import COMPLETE
+from qlora_engine.training.trainer import latest_checkpoint, remove_old_checkpoints
 
 
 @pytest.mark.parametrize(
