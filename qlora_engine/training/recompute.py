@@ -63,8 +63,8 @@ class MemoryPlan:
     workspace: int
     per_layer: int
     available: int
-    loss_function: str = "chunked"
-    mask: int = 0
+    loss_function: str
+    mask: int
 
     @property
     def total(self) -> int:

@@ -135,6 +135,20 @@ def test_equals_the_module(dtype: torch.dtype, weight_dtype: torch.dtype, name: 
             assert float((a == b).float().mean()) > 0.95
 
 
+def test_heads_and_angles_that_lie_across_memory_are_turned() -> None:
+    q, k = (
+        torch.randn(2, n, 8, 5, device=DEVICE).mT.requires_grad_() for n in (3, 1)
+    )  # (batch, heads, 5, 8)
+    cos, sin = (torch.randn(2, 8, 5, device=DEVICE).mT for _ in range(2))
+    want = [fused_norms._rotated(x, cos, sin) for x in (q, k)]
+    got = fused_norms.rotary(q, k, cos, sin)
+    dy = [torch.randn(x.shape[0], x.shape[1], 8, 5, device=DEVICE).mT for x in (q, k)]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(torch.autograd.grad(got, (q, k), dy), torch.autograd.grad(want, (q, k), dy), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.usefixtures("on_gpu")
 def test_a_trained_weight_gets_its_gradient_from_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     module = norm_class("llama.Llama")(16).to(DEVICE)

@@ -59,6 +59,7 @@ def test_the_figures_are_those_of_the_model(model: Any) -> None:
     trained = [tensor for tensor in tensors if tensor.requires_grad]
     assert found.weights == sum(tensor.nbytes for tensor in tensors if not tensor.requires_grad)
     assert found.adapter == sum((4 + 4 + 3) * tensor.numel() for tensor in trained)
+    assert planned(model).adapter == sum((4 + 4 + 8) * tensor.numel() for tensor in trained)  # AdamW's
     assert found.workspace == 4 * 64 * 96  # the largest quantised weight in float32
     assert found.mask > 0
     parts = (found.weights, found.adapter, found.activations, found.mask, found.loss, found.workspace)

@@ -11,7 +11,7 @@ import torch
 from qlora_engine import LoftQConfig, LoraConfig, get_peft_model
 from qlora_engine.training import memory
 from qlora_engine.training.packed_rows import mask_bytes
-from qlora_engine.training.settings import Settings
+from qlora_engine.training.settings import Settings, can_shard
 
 
 @pytest.fixture
@@ -60,6 +60,27 @@ def test_inputs_of_recomputed_layers_may_wait_on_the_host(model: Any) -> None:
 def test_rows_are_no_longer_than_the_window(window: int, asked: int, kept: int, model: Any) -> None:
     model.get_base_model().config.max_position_embeddings = window
     assert memory.within_window(model, settings(max_length=asked)) == settings(max_length=kept)
+
+
+def test_an_embedding_waits_on_the_host_where_it_is_asked_for(model: Any) -> None:
+    here = memory.fit(model, settings())
+    there = memory.fit(model, settings(offload="embedding"))
+    assert here.weights - there.weights == model.get_base_model().get_input_embeddings().weight.nbytes
+
+
+def test_says_what_to_change_when_memory_runs_out() -> None:
+    advice = memory.when_out_of_memory(settings())
+    assert advice.startswith(
+        "--recompute full, --offload activations, --offload embedding, --optimizer paged"
+    )
+    assert "--batch-size 1 with --accumulate" in advice
+    used = {"recompute": "full", "offload": "embedding,activations", "optimizer": "adafactor"}
+    tight = settings(batch_size=1, **used)
+    more = ", several GPUs: torchrun with --shard" if can_shard() else ""
+    assert memory.when_out_of_memory(tight) == f"a --max-length below 48{more}"
+    sharded = settings(shard=True)
+    assert "torchrun" not in memory.when_out_of_memory(sharded)
+    assert "--optimizer" not in memory.when_out_of_memory(sharded)
 
 
 def test_smaller_optimizer_state_is_advised_where_it_is_large() -> None:

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 
 from qlora_engine import LoftQConfig, LoraConfig, get_peft_model
 from qlora_engine.errors import InputError
-from qlora_engine.training import memory
 from qlora_engine.training.run import finetune
-from qlora_engine.training.settings import Settings, can_shard
+from qlora_engine.training.settings import Settings
 from qlora_engine.training.trainer import AdapterTrainer, latest_checkpoint
 
 
@@ -114,18 +113,6 @@ def test_offload_gives_the_same_losses(model: Any, data: Path, make_tokenizer: A
     out = data.parent / "offloaded"
     chosen = settings(data, recompute="1", offload="embedding,activations", output=out)
     assert finetune(other, make_tokenizer(), chosen).losses == plain.losses
-
-
-def test_says_what_to_change_when_memory_runs_out(data: Path) -> None:
-    advice = memory.when_out_of_memory(settings(data))
-    assert advice.startswith(
-        "--recompute full, --offload activations, --offload embedding, --optimizer paged"
-    )
-    assert "--batch-size 1 with --accumulate" in advice
-    used = {"recompute": "full", "offload": "embedding,activations", "optimizer": "adafactor"}
-    tight = settings(data, batch_size=1, **used)
-    more = ", several GPUs: torchrun with --shard" if can_shard() else ""
-    assert memory.when_out_of_memory(tight) == f"a --max-length below 48{more}"
 
 
 def test_event_files_are_written_through_tensorboard(
