@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from scripts import demo, mutate
+from tests.architecture.source_tree import PROJECT
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -147,3 +150,21 @@ def f(a: int = 1, b: "Annotated[int, 2]" = 0.5) -> bool:
             "return a < c",
         ]
     )
+
+
+def test_the_oldest_row_pins_the_lower_bounds() -> None:
+    """Every one but liger-kernel's, which a machine without a GPU has no use for, and other Pythons'."""
+    extras = PROJECT["optional-dependencies"]
+    wanted = [*PROJECT["dependencies"], *(word for name in extras if name != "dev" for word in extras[name])]
+    bounds = {}
+    for requirement in map(Requirement, wanted):
+        if requirement.name != "liger-kernel" and requirement.marker is None:
+            (bound,) = requirement.specifier
+            assert bound.operator == ">=", requirement
+            bounds[requirement.name] = Version(bound.version)
+    (row,) = [line for line in (SCRIPTS / "matrix").read_text().splitlines() if line.startswith("oldest|")]
+    pins = [Requirement(word) for part in row.split("|")[1:3] for word in part.split()]
+    pinned = {pin.name: Version(str(pin.specifier).removeprefix("==")) for pin in pins}
+    assert bounds.pop("triton") == Version("3.2")  # torch 2.6 asks for it
+    pinned.pop("peft")
+    assert pinned == bounds
