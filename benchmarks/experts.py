@@ -3,7 +3,8 @@
     python -m benchmarks.experts --json benchmarks/results/experts-h100.json      (a GPU)
     python -m benchmarks.experts --sizes tiny --device cpu
 
-Dense experts run as transformers' "grouped_mm" and "eager"; quantised ones one by one, with and without LoRA.
+Dense and quantised experts run as transformers' "grouped_mm" and "eager" (one by one), quantised ones with
+and without LoRA.
 Routing is uniform. "held" is what the weights take, "peak" what a step adds to it.
 """
 
@@ -62,6 +63,8 @@ def _variants(dense: Layer) -> dict[str, tuple[Layer, str]]:
         "dense, eager": (dense, "eager"),
         "nf4": (nf4, "eager"),
         "nf4, LoRA 16": (adapted, "eager"),
+        "nf4, grouped_mm": (nf4, "grouped_mm"),
+        "nf4, LoRA 16, grouped_mm": (adapted, "grouped_mm"),
     }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from quant.experts import ExpertMatrix, ExpertStack, QuantExperts, map_matrices
+from quant.grouped import grouped_mm
 
 from .config import LoraConfig
 from .expert_stack import parameter_names
@@ -151,9 +152,10 @@ class ParamWrapper(LoraLayer, nn.Module):
 
     def _adapted_stack(self, stack: ExpertStack, adapters: list[str]) -> ExpertStack:
         """Quantised experts whose products have the adapters' added; differentiable in the factors."""
-        factors = []
+        factors, stacked = [], []
         for adapter in adapters:
             left, right, scaling = self.get_delta_factors(adapter, torch.float32)
+            stacked.append(((left, right) if stack.in_out else (right.mT, left.mT), scaling))
             # unbound once: each expert's slice would else have a gradient of the whole stack's size
             factors.append((left.unbind(0), right.unbind(0), scaling))
 
@@ -161,7 +163,16 @@ class ParamWrapper(LoraLayer, nn.Module):
             mine = [(left[number], right[number], scaling) for left, right, scaling in factors]
             return _AdaptedMatrix(matrix, mine)
 
-        return map_matrices(stack, make)
+        def added(x: Tensor, ends: Tensor) -> Tensor:
+            total: Tensor | None = None
+            for (first, second), scaling in stacked:
+                h = grouped_mm(x, first.to(x.dtype), ends)  # (rows, rank)
+                delta = grouped_mm(h, second.to(x.dtype), ends) * scaling
+                total = delta if total is None else total + delta
+            assert total is not None
+            return total
+
+        return map_matrices(stack, make, added)
 
     @contextmanager
     def _in_place(self, adapters: list[str]) -> Iterator[None]:

@@ -3,8 +3,9 @@
 The experts modules of transformers 5 index their stacked weights and multiply with what they get:
 ``F.linear(x, self.gate_up_proj[e])``, or ``x @ self.gate_up_proj[e]`` where matrices are stored (in, out).
 Here indexing gives an ``ExpertMatrix``, whose product is that of a QuantLinear: decoded for the product, and
-again in backward, so that autograd keeps codes and no dense expert. Anything else that is asked of the stack
-gets it dense, which is right and takes a layer's dense experts of memory.
+again in backward, so that autograd keeps codes and no dense expert. transformers' "grouped_mm" multiplies
+with all experts at once: they are decoded together, into the buffer that all layers share. Anything else that
+is asked of the stack gets it dense, which is right and takes a layer's dense experts of memory.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.grouped import multiply_groups
 from quant.linear import QuantLinear
 
 _LINEAR = (torch.nn.functional.linear,)
+_GROUPED = ("_grouped_mm", "grouped_mm_fallback")  # torch's, and transformers' where torch has none
 _MATMUL = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
 
@@ -80,10 +83,24 @@ class ExpertStack:
     """What stands in for a Parameter (experts, a, b): indexed it gives operands, else it is dense."""
 
     shape: torch.Size
+    in_out: bool  # matrices are (in, out)
 
     def matrix(self, number: int) -> ExpertMatrix:
         """The operand of one expert."""
         raise NotImplementedError
+
+    def multiply_groups(self, x: Tensor, ends: Tensor) -> Tensor:
+        """(rows, in) -> (rows, out), rows sorted by expert; int32 (experts,) where each expert's end."""
+        raise NotImplementedError
+
+    @property
+    def mT(self) -> ExpertStack:
+        """Every matrix transposed."""
+        return _Turned(self)
+
+    def data_ptr(self) -> int:
+        """Of nothing: a multiple of any alignment."""
+        return 0
 
     def dense(self) -> Tensor:
         """All experts, as the Parameter."""
@@ -102,9 +119,9 @@ class ExpertStack:
             return self.matrix(number % len(self))
         return self.dense()[index]
 
-    def transpose(self, first: int, second: int) -> Tensor:
-        """The dense stack, transposed."""
-        return self.dense().transpose(first, second)
+    def transpose(self, first: int, second: int) -> Any:
+        """Every matrix transposed, or the dense stack with other dimensions exchanged."""
+        return self.mT if {first % 3, second % 3} == {1, 2} else self.dense().transpose(first, second)
 
     def dim(self) -> int:
         """Three."""
@@ -116,7 +133,13 @@ class ExpertStack:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """A product of batches goes expert by expert; all else sees the dense stack."""
+        """Products of batches go expert by expert, those of groups at once; all else sees the dense stack."""
+        if getattr(func, "__name__", "") in _GROUPED and len(args) == 2 and isinstance(args[1], ExpertStack):
+            x, stack = args
+            options = dict(kwargs or {})
+            ends = options.pop("offs", None)
+            if stack.in_out and ends is not None and not any(value is not None for value in options.values()):
+                return stack.multiply_groups(x, ends)
         if func is torch.bmm and not kwargs and isinstance(args[1], ExpertStack):
             x, stack = args
             if x.shape[0] == len(stack):
@@ -160,6 +183,9 @@ class QuantExperts(ExpertStack, nn.Module):
         if any(layer is None for layer in found):
             raise ValueError("some experts of this stack have no weights yet")
         return found  # type: ignore[return-value]
+
+    def multiply_groups(self, x: Tensor, ends: Tensor) -> Tensor:
+        return multiply_groups(x, self.layers, ends)
 
     def __iter__(self) -> Iterator[ExpertMatrix]:
         return (self.matrix(number) for number in range(len(self)))
@@ -213,17 +239,54 @@ class QuantExperts(ExpertStack, nn.Module):
         return f"{len(self)} experts, {'(in, out)' if self.in_out else '(out, in)'}"
 
 
-def map_matrices(stack: ExpertStack, make: Callable[[int, ExpertMatrix], ExpertMatrix]) -> ExpertStack:
-    """A stack whose operands are what ``make`` gives for number and operand."""
-    return _Mapped(stack, make)
+def map_matrices(
+    stack: ExpertStack,
+    make: Callable[[int, ExpertMatrix], ExpertMatrix],
+    added: Callable[[Tensor, Tensor], Tensor],
+) -> ExpertStack:
+    """A stack whose operands are what ``make`` gives for number and operand.
+
+    ``added`` gives what that adds to ``multiply_groups``, for the same arguments.
+    """
+    return _Mapped(stack, make, added)
+
+
+class _Turned(ExpertStack):
+    """A stack with every matrix transposed."""
+
+    def __init__(self, stack: ExpertStack) -> None:
+        self._stack = stack
+        self.shape = torch.Size((stack.shape[0], stack.shape[2], stack.shape[1]))
+        self.in_out = not stack.in_out
+        self.device: Any = getattr(stack, "device", None)
+        self.dtype: Any = getattr(stack, "dtype", None)
+
+    @property
+    def mT(self) -> ExpertStack:
+        return self._stack
+
+    def matrix(self, number: int) -> ExpertMatrix:
+        return self._stack.matrix(number).T
+
+    def multiply_groups(self, x: Tensor, ends: Tensor) -> Tensor:
+        return self._stack.multiply_groups(x, ends)
 
 
 class _Mapped(ExpertStack):
-    def __init__(self, stack: ExpertStack, make: Callable[[int, ExpertMatrix], ExpertMatrix]) -> None:
-        self._stack, self._make = stack, make
-        self.shape = stack.shape
+    def __init__(
+        self,
+        stack: ExpertStack,
+        make: Callable[[int, ExpertMatrix], ExpertMatrix],
+        added: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        self._stack, self._make, self._added = stack, make, added
+        self.shape, self.in_out = stack.shape, stack.in_out
         self.device: Any = getattr(stack, "device", None)
         self.dtype: Any = getattr(stack, "dtype", None)
 
     def matrix(self, number: int) -> ExpertMatrix:
         return self._make(number, self._stack.matrix(number))
+
+    def multiply_groups(self, x: Tensor, ends: Tensor) -> Tensor:
+        y = self._stack.multiply_groups(x, ends)
+        return y + self._added(x, ends).to(y.dtype)

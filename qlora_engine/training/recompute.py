@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_engine.errors import InputError
+from quant.experts import QuantExperts
 from quant.linear import QuantizedModule
 
 from .loss import in_one_kernel, loss_bytes
@@ -197,6 +198,8 @@ def plan(
         in_place=in_one_kernel(device, dtype),
     )
     decoded = [m.shape.numel() * 4 for m in model.modules() if isinstance(m, QuantizedModule)]
+    if getattr(text, "_experts_implementation", None) == "grouped_mm":  # all experts of a layer at once
+        decoded += [m.numel() * 4 for m in model.modules() if isinstance(m, QuantExperts)]
     workspace = max(decoded, default=0) // (1 if device.type == "cpu" else 2)
     if is_sharded(model):  # one layer computes while the next one is gathered
         workspace += 2 * max(

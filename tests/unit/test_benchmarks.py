@@ -38,7 +38,8 @@ def test_experts_are_measured_in_every_way(tmp_path: Path) -> None:
     given = ["--sizes", "tiny", "--device", "cpu", "--tokens", "3", "--repeats", "1", "--json", str(path)]
     assert experts.main(given) == 0
     rows = {row["experts"]: row for row in json.loads(path.read_text())["rows"]}
-    assert list(rows) == ["dense, grouped_mm", "dense, eager", "nf4", "nf4, LoRA 16"]
+    quantised = ["nf4", "nf4, LoRA 16", "nf4, grouped_mm", "nf4, LoRA 16, grouped_mm"]
+    assert list(rows) == ["dense, grouped_mm", "dense, eager", *quantised]
     assert rows["nf4"]["held MB"] == pytest.approx(rows["dense, eager"]["held MB"] * 4.5 / 32)
     assert all(row["ms"] > 0 for row in rows.values())
 

@@ -159,3 +159,21 @@ def test_measuring_leaves_nothing_behind(model: Any) -> None:
     gc.collect()
     assert kept
     assert not any(ref() is not None for ref in kept + storages)
+
+
+def test_experts_decoded_together_are_counted(make_model: Any) -> None:
+    from qlora_engine import LoraConfig, get_peft_model, quantize_experts
+
+    base = make_model("mixtral")
+    if not hasattr(torch, "_grouped_mm") or not base._can_set_experts_implementation():
+        pytest.skip("no grouped products here")
+    quantize_experts(base, "nf4")
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+    def workspace() -> int:
+        return recompute.plan(model, batch_size=1, length=32).workspace
+
+    alone = workspace()
+    base.set_experts_implementation("grouped_mm")
+    assert alone == 2 * 96 * 64 * 4  # gate and up of one
+    assert workspace() == 4 * alone
