@@ -75,6 +75,12 @@ def from_pretrained(
             raise InputError(
                 f"{folder} does not hold what its config.json says: {in_short(error)}"
             ) from error
+        except AttributeError as error:  # of transformers 5.0, which asks null for its method
+            if "quantization_config" not in checkpoint.config:
+                raise
+            raise InputError(
+                f"{folder} does not hold what its config.json says: quantization_config is null"
+            ) from error
     else:
         model = _quantised(folder, checkpoint, settings, wanted, trust_remote_code)
     model = model.eval() if device is None else model.eval().to(device)
