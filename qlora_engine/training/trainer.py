@@ -106,10 +106,10 @@ class AdapterTrainer(Trainer):
 
         if self.sharded:
             accelerator.clip_grad_norm_ = lambda *args, **options: whole(clip(*args, **options))
-        elif averaging:
+        elif averaging and world().size > 1:
             self.averaged = [p for p in self.model.parameters() if p.requires_grad]
             share_parameters(self.averaged)
-        if self.sharded or averaging:
+        if self.sharded or self.averaged:
             accelerator.prepare_model = prepare_model
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
