@@ -18,8 +18,7 @@ from .merge_job import Job
 from .options import DTYPES, choice
 from .safetensors_io import DTYPE_OF_STORED, FLOAT_DTYPES, STORED_DTYPE, TensorEntry
 
-# Model classes that put a head of their own on a base, by PEFT's task type: transformers' mapping by model
-# type.
+# Model classes that put a head of their own on a base, by PEFT's task type: a mapping of transformers'.
 _HEAD_CLASSES = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
@@ -148,8 +147,10 @@ class _Planner:
         self.config_changes: dict[str, Any] = {}
         self.vocabulary_changed = False
         self.replaced = dict(adapter.replaced)
+        self.vocabulary = self._of_vocabulary()
         for name in self.replaced:
             self._check_replacement(name)
+        self._check_vocabulary()
         self.parts = {self._parameter(path, part): part for path, part in adapter.parts.items()}
         self._compare_fingerprints()
         for name in self.adapter.config.target_parameters or ():
@@ -163,8 +164,7 @@ class _Planner:
         if theirs is not None and ours is not None and theirs != ours:
             self.notes.append(
                 f"{self.adapter.folder} was made for another quantised base than "
-                f"{self.base.checkpoint.folder}: "
-                "their fingerprints differ"
+                f"{self.base.checkpoint.folder}: their fingerprints differ"
             )
         elif theirs is not None and ours is None:
             self.notes.append(
@@ -235,15 +235,36 @@ class _Planner:
             )
         if shape is None or entry.shape == shape:
             return
-        vocabulary = {module.path for module in self.base.architecture.modules if module.kind == "embedding"}
-        vocabulary |= set(self.base.architecture.heads)
-        if parameter.rpartition(".")[0] not in vocabulary or entry.shape[1:] != shape[1:]:
+        if parameter not in self.vocabulary or entry.shape[1:] != shape[1:]:
             raise InputError(
                 f"the adapter's '{entry.name}' has shape {entry.shape}, the model has {shape} there"
             )
         if len(shape) == 2:
             self.config_changes["vocab_size"] = entry.shape[0]
             self.vocabulary_changed = True
+
+    def _of_vocabulary(self) -> dict[str, int]:
+        """Parameters of embeddings and heads that have a row for every token, and how many these are."""
+        architecture = self.base.architecture
+        size = getattr(architecture._model.config, "vocab_size", None)
+        paths = [module.path for module in architecture.modules if module.kind == "embedding"]
+        names = [f"{path}.{kind}" for path in (*paths, *architecture.heads) for kind in ("weight", "bias")]
+        shapes = {name: architecture.parameters[name] for name in names if name in architecture.parameters}
+        return {name: shape[0] for name, shape in shapes.items() if shape[0] == size}
+
+    def _check_vocabulary(self) -> None:
+        """Refuse an adapter that changes the number of tokens of the embedding or the head alone."""
+        size = self.config_changes.get("vocab_size")
+        if size is None:
+            return
+        replaced = {name: self.replaced[name].shape[0] for name in self.vocabulary if name in self.replaced}
+        grown = next(name for name, rows in replaced.items() if rows == size)
+        for name, rows in (self.vocabulary | replaced).items():
+            if rows != size:
+                raise InputError(
+                    f"{self.adapter.folder} has '{grown}' for {size} tokens, and '{name}' would be for "
+                    f"{rows}; save the adapter with both (save_embedding_layers=True)"
+                )
 
     # ---- jobs
 

@@ -298,6 +298,36 @@ def test_grown_vocabulary(name: str, tmp_path: Path, make_checkpoint: MakeCheckp
     assert "grown" in (tmp_path / "out" / "tokenizer_config.json").read_text()
 
 
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_a_vocabulary_that_grew_in_one_place(
+    name: str, tmp_path: Path, make_checkpoint: MakeCheckpoint
+) -> None:
+    """The result could not be loaded: its embedding and its head would not fit together."""
+    base = make_checkpoint("llama", dtype=torch.float32)
+    config = qe.LoraConfig(target_modules=["q_proj"], modules_to_save=[name])
+    qe.get_peft_model(load("llama", base), config).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    grown = next(key for key in tensors if name in key)
+    save_file({**tensors, grown: torch.cat([tensors[grown], torch.ones(16, 64)])}, path)
+    message = error(invoke(base, tmp_path / "adapter", tmp_path / "out"))
+    assert f"{name}.weight' for 400 tokens, and '" in message
+    assert "would be for 384; save the adapter with both" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_positions_are_no_vocabulary(tmp_path: Path, make_checkpoint: MakeCheckpoint) -> None:
+    base = make_checkpoint("gpt2", dtype=torch.float32)
+    config = qe.LoraConfig(target_modules=["c_attn"], modules_to_save=["wpe"], fan_in_fan_out=True)
+    qe.get_peft_model(load("gpt2", base), config).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    grown = next(key for key in tensors if "wpe" in key)
+    save_file({**tensors, grown: torch.cat([tensors[grown], torch.ones(16, 64)])}, path)
+    message = error(invoke(base, tmp_path / "adapter", tmp_path / "out"))
+    assert "has shape (144, 64), the model has (128, 64) there" in message
+
+
 # ---- the command
 
 
