@@ -65,11 +65,8 @@ def hotswap_adapter(
     if adapter_name not in model.peft_config:
         raise ValueError(f"Adapter {adapter_name} does not exist")
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
-    old, new_type = (
-        model.peft_config[adapter_name],
-        PeftConfig._get_peft_type(os.fspath(model_name_or_path), **hub),
-    )
-    _check_types(_type(old), new_type)
+    old = model.peft_config[adapter_name]
+    _check_types(_type(old), PeftConfig._get_peft_type(os.fspath(model_name_or_path), **hub))
     config = LoraConfig.from_pretrained(model_name_or_path, **hub)
     check_hotswap_configs_compatible(old, config)
     check_stacks(model, adapter_name, release_of_stacks(config))
@@ -79,8 +76,10 @@ def hotswap_adapter(
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
-    """Raises:
-    ValueError: the adapters are of different types, or differ in what is not in their weights.
+    """Refuse two adapters that cannot take each other's place.
+
+    Raises:
+        ValueError: they are of different types, or differ in what is not in their weights.
     """
     _check_types(_type(config0), _type(config1))
     values0, values1 = config0.to_dict(), config1.to_dict()

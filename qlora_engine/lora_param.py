@@ -30,8 +30,7 @@ class ParamWrapper(LoraLayer, nn.Module):
     """Wraps the module that owns one Parameter, (out, in) or a stack of experts.
 
     A stack is (experts, out, in), or (experts, in, out) where the module says ``is_transposed``. Its
-    factors are
-    stacked: A (rank * experts, in), B (out, rank * experts).
+    factors are stacked: A (rank * experts, in), B (out, rank * experts).
 
     Args:
         base_layer: The owner, or a ParamWrapper around it.

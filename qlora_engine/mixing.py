@@ -8,8 +8,7 @@ with ``c = 1 + sum w (g - 1)``
 
 so DoRA adapters are combined exactly, too, by giving each B the row factors ``g / c`` and the new adapter
 the magnitude ``c ||W + D||``, where D is what the combined factors make. Everything is computed before the
-model is
-touched: an error leaves nothing behind.
+model is touched: an error leaves nothing behind.
 """
 
 from __future__ import annotations

@@ -45,8 +45,7 @@ def get_peft_model(
     """Adapt ``model`` in place and return the PeftModel around it.
 
     With ``init_lora_weights="loftq"`` every targeted layer is quantised in place as it is adapted, and its
-    dense
-    weight released: at no time do the model and a quantised copy of it exist together.
+    dense weight released: at no time do the model and a quantised copy of it exist together.
 
     Args:
         model: Any module; dense, quantised here, or loaded by transformers with bitsandbytes.
