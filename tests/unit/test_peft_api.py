@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qlora_engine.config import LoftQConfig, LoraConfig
+from qlora_engine.config import LoraConfig
 from qlora_engine.peft_api import (
     PeftModel,
     PeftModelForCausalLM,
@@ -21,34 +21,9 @@ from qlora_engine.peft_api import (
     PeftModelForTokenClassification,
     get_peft_model,
 )
+from tests.small_models import MLP, loftq, mlp
 
 IDS = torch.arange(4, 20).view(2, 8)
-
-
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(16, 32)
-        self.head = nn.Linear(32, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(self.first(x)))
-
-
-def mlp(**options: Any) -> PeftModel:
-    return get_peft_model(MLP(), LoraConfig(**{"target_modules": ["first", "head"], "r": 4, **options}))
-
-
-def loftq(model: nn.Module, bits: int = 4, **options: Any) -> PeftModel:
-    settings = LoftQConfig(loftq_bits=bits)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        target_modules="all-linear",
-        init_lora_weights="loftq",
-        loftq_config=settings,
-        **options,
-    )
-    return get_peft_model(model, config)
 
 
 # ---- switching
