@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,46 +107,26 @@ def run(
     list(plan.checkpoint.side_files())  # refuses links that lead out of the folder
     opened: list[Workspace] = []  # by the first process, for all
 
-    def begin() -> tuple[RunReport | None, list[int]]:
-        """The report of an output that is there, or the numbers of the layers that are to be solved."""
-        Workspace.tidy(out)
-        if resume and (finished := _finished(out, described)) is not None:
-            return finished, []
-        opened.append(Workspace.open(out, described, overwrite=overwrite, resume=resume))
-        if opened[0].is_done:
-            return None, []
-        opened[0].check_space(_space(plan))
-        pieces = Pieces(opened[0].pieces)
-        return None, [layer.index for layer in plan.layers if not pieces.has(layer)]
-
     def end(before: float) -> RunReport:
-        """Put everything together and in its place."""
-        workspace = opened[0]
-        if not workspace.is_done:
-            report = RunReport(
-                model=model or str(plan.checkpoint.folder),
-                command=command,
-                run=described,
-                save_format=plan.save_format,
-                dtype=plan.dtype,
-                layers=(),
-                notes=plan.notes
-                + _calibration_notes(calibration)
-                + propagation_notes(Pieces(workspace.pieces)),
-                versions=versions(),
-                device=_device_name(device) + (f", {here.size} processes" if here.size > 1 else ""),
-                bytes_in=plan.checkpoint.nbytes,
-            )
-            assemble(plan, workspace, report, out, lambda: before + time.perf_counter() - began)
-            if plan.checkpoint.identity() != described["input"]:
-                raise InputError(f"{plan.checkpoint.folder} was changed while it was read")
-            workspace.finish()
-        report = RunReport.read(workspace.root / "done")
-        workspace.publish()
-        return report
+        notes = plan.notes + _calibration_notes(calibration)
+        report = RunReport(
+            model=model or str(plan.checkpoint.folder),
+            command=command,
+            run=described,
+            save_format=plan.save_format,
+            dtype=plan.dtype,
+            layers=(),
+            notes=notes + propagation_notes(Pieces(opened[0].pieces)),
+            versions=versions(),
+            device=_device_name(device) + (f", {here.size} processes" if here.size > 1 else ""),
+            bytes_in=plan.checkpoint.nbytes,
+        )
+        return _end(plan, out, opened[0], report, lambda: before + time.perf_counter() - began)
 
-    try:
-        finished, unsolved = from_main(begin)
+    with _closed_on_error(opened):
+        finished, unsolved = from_main(
+            lambda: _begin(plan, out, described, opened, overwrite=overwrite, resume=resume)
+        )
         if finished is not None:
             return finished
         root = Workspace.folder_for(Path(os.path.realpath(out)))
@@ -159,6 +140,52 @@ def run(
             left = [index for index in unsolved if index not in told]
             before += _write_weights(plan, root, left, device, progress, calibration, told)
         return from_main(lambda: end(before))
+
+
+def _begin(
+    plan: Plan,
+    out: Path,
+    described: dict[str, Any],
+    opened: list[Workspace],
+    *,
+    overwrite: bool,
+    resume: bool,
+) -> tuple[RunReport | None, list[int]]:
+    """The report of an output that is there, or the numbers of the layers that are to be solved.
+
+    The workspace goes to ``opened`` as soon as it is one, so that an error closes it.
+    """
+    Workspace.tidy(out)
+    if resume and (finished := _finished(out, described)) is not None:
+        return finished, []
+    workspace = Workspace.open(out, described, overwrite=overwrite, resume=resume)
+    opened.append(workspace)
+    if workspace.is_done:
+        return None, []
+    workspace.check_space(_space(plan))
+    pieces = Pieces(workspace.pieces)
+    return None, [layer.index for layer in plan.layers if not pieces.has(layer)]
+
+
+def _end(
+    plan: Plan, out: Path, workspace: Workspace, report: RunReport, seconds: Callable[[], float]
+) -> RunReport:
+    """Put everything together and in its place."""
+    if not workspace.is_done:
+        assemble(plan, workspace, report, out, seconds)
+        if plan.checkpoint.identity() != report.run["input"]:
+            raise InputError(f"{plan.checkpoint.folder} was changed while it was read")
+        workspace.finish()
+    report = RunReport.read(workspace.root / "done")
+    workspace.publish()
+    return report
+
+
+@contextmanager
+def _closed_on_error(opened: list[Workspace]) -> Iterator[None]:
+    """Close the workspace where something fails: removed if the input is at fault, or nothing is finished."""
+    try:
+        yield
     except InputError:
         for workspace in opened:
             workspace.close(remove=True)
