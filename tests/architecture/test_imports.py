@@ -47,6 +47,8 @@ FORBIDDEN = [
     ("qlora_engine.adapter_io", "qlora_engine.inits*", ()),
     ("qlora_engine.adapter_io", "qlora_engine.pipeline*", ()),
     ("qlora_engine.report", "qlora_engine.pipeline*", ()),
+    ("qlora_engine.*plan", "qlora_engine.*pipeline", ()),  # what is planned writes nothing
+    ("qlora_engine.*plan", "qlora_engine.workspace", ()),
     ("qlora_engine.inits*", "qlora_engine.pipeline*", ()),
     ("qlora_engine.inits*", "qlora_engine.lora", ()),
     ("qlora_engine.inits*", "qlora_engine.checkpoint", ()),
