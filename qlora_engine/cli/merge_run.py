@@ -11,7 +11,8 @@ from rich.text import Text
 
 from qlora_engine.cli import common
 from qlora_engine.cli.progress import progress
-from qlora_engine.merge_plan import MergeOptions, MergePlan
+from qlora_engine.merge_options import MergeOptions
+from qlora_engine.merge_plan import MergePlan
 from qlora_engine.report import dumps
 from qlora_engine.report_table import human_bytes, human_seconds
 
