@@ -261,3 +261,36 @@ def test_on_a_gpu_by_beginnings_as_by_the_mask(
     for a, b in zip(got, want, strict=True):
         scale = float(b.float().abs().max())
         torch.testing.assert_close(a, b, rtol=0, atol=2e-2 * scale)
+
+
+@pytest.mark.parametrize("takes", [{"window_size", "enable_gqa", "scale"}, {"is_causal"}])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_attention_over_rows_is_asked_in_each_release_s_words(
+    takes: set[str], scaling: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's attention over rows is played by a function that keeps what it is called with."""
+    asked: dict[str, Any] = {}
+
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **options: Any
+    ) -> torch.Tensor:
+        asked.update(options, q=q)
+        return q
+
+    monkeypatch.setattr(packed_rows, "_varlen", lambda: (attention, frozenset(takes)))
+    query, key = (torch.randn(1, heads, 6, 16) for heads in (4, 2))
+    begins = row_beginnings(torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    out, scores = packed_rows.attend(None, query, key, key, begins, scaling=scaling)
+    assert (out.shape, scores) == ((1, 6, 4, 16), None)
+    given = asked.pop("q")
+    rows = query.transpose(1, 2).flatten(0, 1)
+    if "scale" in takes:
+        assert asked == {
+            "window_size": (-1, 0),
+            "enable_gqa": True,
+            "scale": 0.25 if scaling is None else 0.3,
+        }
+        assert torch.equal(given, rows)
+    else:
+        assert asked == {"is_causal": True}
+        torch.testing.assert_close(given, rows if scaling is None else rows * (0.3 / 0.25))
