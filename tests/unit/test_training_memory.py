@@ -12,6 +12,7 @@ from qlora_engine import LoftQConfig, LoraConfig, get_peft_model
 from qlora_engine.training import memory
 from qlora_engine.training.packed_rows import mask_bytes
 from qlora_engine.training.settings import Settings, can_shard
+from tests.parity.releases import since
 
 
 @pytest.fixture
@@ -78,6 +79,10 @@ def test_says_what_to_change_when_memory_runs_out() -> None:
     tight = settings(batch_size=1, **used)
     more = ", several GPUs: torchrun with --shard" if can_shard() else ""
     assert memory.when_out_of_memory(tight) == f"a --max-length below 48{more}"
+
+
+@since("2.12", "FSDP2 takes no packed weights", "torch")
+def test_sharded_runs_are_not_told_to_shard() -> None:
     sharded = settings(shard=True)
     assert "torchrun" not in memory.when_out_of_memory(sharded)
     assert "--optimizer" not in memory.when_out_of_memory(sharded)
