@@ -28,10 +28,9 @@ def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         (rows, n), in x's dtype.
     """
     if _in_one_launch(x, weights):
-        multiply = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
         if not (weights.is_contiguous() or weights.mT.is_contiguous()):
             weights = weights.contiguous()
-        y: Tensor = multiply(x.contiguous(), weights, offs=ends)
+        y: Tensor = torch.nn.functional.grouped_mm(x.contiguous(), weights, offs=ends)
         return y
     stops = ends.tolist()
     begins = [0, *stops[:-1]]
@@ -42,12 +41,12 @@ def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 def _in_one_launch(x: Tensor, weights: Tensor) -> bool:
     """Whether torch's own grouped product takes these."""
-    if not hasattr(torch, "_grouped_mm"):
-        return False
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        return (
+            False  # before torch 2.10 its forerunner wants Hopper (2.8), or not every tensor on a CPU (2.9)
+        )
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < _CAPABILITY:
         return False
-    if x.device.type == "cpu" and not hasattr(torch.nn.functional, "grouped_mm"):
-        return False  # before 2.10 not for every tensor, before 2.9 for none
     return all(size * x.element_size() % _ALIGNED == 0 for size in weights.shape[1:])
 
 

@@ -308,11 +308,9 @@ def _measure(model: nn.Module, layers: list[nn.Module], probe: dict[str, Tensor]
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            a_mask = tensor.shape[-2:] == (
-                tokens,
-                tokens,
-            )  # counted apart, it is proportional to their square
-            # and gathered codes are not kept
+            # masks are counted apart: they are proportional to the square of tokens
+            a_mask = tensor.shape[-2:] == (tokens, tokens)
+            # gathered codes are not kept
             if storage.data_ptr() not in own and tensor.dtype != torch.uint8 and not a_mask:
                 seen[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()  # an output that is saved as it is would hold itself, and the whole graph
